@@ -1,0 +1,49 @@
+# Each target makes its virtual environment and installs what it needs; a second call starts at once.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+ARGS   ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help tune test test-all lint bench clean
+help:
+	@echo "make tune      tune the bundled demo model on this machine and write a profile   (ARGS='--max-memory 1GiB')"
+	@echo "make test      lint, types and the fast tests"
+	@echo "make test-all  every test that this machine can run"
+	@echo "make bench     the tuned engine beside plain transformers and accelerate"
+	@echo "make lint      ruff and mypy"
+
+$(VENV)/.core: pyproject.toml
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes, once) ..."
+	@$(PY) -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	@$(PY) -m pip install --quiet --editable '.[test,compare]'
+	@touch $@
+
+$(VENV)/.compare: $(VENV)/.core
+	@$(PY) -m pip install --quiet --editable '.[compare]'
+	@touch $@
+
+tune: $(VENV)/.core
+	@$(PY) -m harness.tune $(ARGS)
+
+lint: $(VENV)/.test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: lint
+	$(PY) -m pytest $(ARGS)
+
+test-all: $(VENV)/.test
+	$(PY) -m pytest -m "not gpu" $(ARGS)
+
+bench: $(VENV)/.compare
+	@$(PY) -m harness.bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

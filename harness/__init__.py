@@ -1,0 +1,1 @@
+"""Commands around the engine: tune, bench, probe, and the bundled demo model."""

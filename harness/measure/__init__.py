@@ -1,0 +1,1 @@
+"""Measurement: workloads, the runner and the statistics."""

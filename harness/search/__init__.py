@@ -1,0 +1,1 @@
+"""The search: its space, its study and its trials."""

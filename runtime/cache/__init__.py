@@ -1,0 +1,1 @@
+"""Which expert is in which slot: the decisions of the expert cache."""

@@ -1,0 +1,149 @@
+"""The layer step: from what the router chose to experts that are ready to compute, in the order in which they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from runtime.cache.residency import Residency
+from runtime.errors import TransferError
+from runtime.predictors.base import Observation, Predictor
+from runtime.transfer.base import Transfer
+from runtime.vocabulary import Load, LoadReason, Phase, Plan
+
+
+class Coordinator:
+    """Drives residency and transfer for one pool of layers. One thread at a time.
+
+    Args:
+        residency: decides. transfer: acts. predictor: forecasts.
+        prefetch_depth: layers ahead that are prefetched for; 0 turns prefetching off.
+        prefetch_count: experts per token and layer that are prefetched at most.
+        predict_every: decode steps for which a forecast is reused.
+        needed_loads: where given, every load that the run needed is appended, in the order in which it was needed:
+            demand loads, and prefetches at their first use.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        transfer: Transfer,
+        predictor: Predictor,
+        *,
+        prefetch_depth: int,
+        prefetch_count: int,
+        predict_every: int = 1,
+        needed_loads: list[Load] | None = None,
+    ) -> None:
+        self.residency, self.transfer, self.predictor = residency, transfer, predictor
+        self.prefetch_depth, self.prefetch_count, self.predict_every = prefetch_depth, prefetch_count, predict_every
+        self.needed_loads = needed_loads
+
+    def serve(
+        self, layer: int, demand: Sequence[int], tokens: Sequence[int], observation: Observation
+    ) -> Iterator[Sequence[int]]:
+        """Yield the demanded experts in groups as they are ready; each is leased until the next group is asked for.
+
+        Args:
+            layer: index of the layer in this pool.
+            demand: distinct experts (ids) that the router chose; `tokens[i]` tokens chose `demand[i]`.
+            observation: what the router saw and said, for the predictor.
+
+        Raises:
+            TransferError: an expert could not be read. Leases are given back and the engine stays usable.
+        """
+        num_tokens = len(observation.experts)
+        self._land(demand)
+        self._note_used_prefetches(demand)
+        plan = self.residency.plan(layer, demand, tokens, num_tokens)
+        self._act(plan)
+        self._predict(layer, observation)
+        self._prefetch(layer, num_tokens)
+        yield from self._arrivals(plan)
+        while plan.deferred:
+            plan = self.residency.plan(layer, plan.deferred, [0] * len(plan.deferred), num_tokens, first=False)
+            self._act(plan)
+            yield from self._arrivals(plan)
+
+    def _land(self, experts: Sequence[int]) -> None:
+        """Take note of the prefetches among `experts` that have arrived since anyone looked."""
+        loading = [expert for expert in experts if self.residency.is_loading(expert)]
+        self.residency.complete([expert for expert in loading if self.transfer.is_ready(expert)])
+
+    def _note_used_prefetches(self, demand: Sequence[int]) -> None:
+        if self.needed_loads is not None:
+            used = [expert for expert in demand if self.residency.is_unused_prefetch(expert)]
+            slots = [self.residency.slot_of(expert) for expert in used]
+            self.needed_loads.extend(Load(*pair, LoadReason.PREFETCH) for pair in zip(used, slots, strict=True))
+
+    def _act(self, plan: Plan) -> None:
+        self.transfer.submit(plan.loads)
+        for expert in plan.in_flight:
+            self.transfer.promote(expert)
+        if self.needed_loads is not None:
+            self.needed_loads.extend(plan.loads)
+
+    def _predict(self, layer: int, observation: Observation) -> None:
+        passing = observation.passing
+        if self.prefetch_depth and (passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0):
+            self.predictor.observe(layer, observation)
+
+    def _prefetch(self, layer: int, num_tokens: int) -> None:
+        if not self.prefetch_depth:
+            return
+        wanted, steps_ahead = self._wanted(layer, num_tokens)
+        if wanted:
+            self.transfer.submit(self.residency.plan_prefetch(layer, wanted, steps_ahead))
+
+    def _wanted(self, layer: int, num_tokens: int) -> tuple[list[int], list[int]]:
+        """Experts to have ready for the coming layers, nearest layer first, likeliest first; and layers until each."""
+        forecast = self.predictor.forecast(layer)
+        wanted: list[int] = []
+        steps_ahead: list[int] = []
+        if forecast is None:
+            return wanted, steps_ahead
+        num_layers, num_experts = forecast.shape
+        most = min(self.prefetch_count * num_tokens, num_experts)
+        for ahead in range(1, min(self.prefetch_depth, num_layers - 1 - layer) + 1):
+            row = forecast[layer + ahead]
+            likeliest = np.argsort(-row, kind="stable")[:most]
+            chosen = likeliest[row[likeliest] > 0.0] + (layer + ahead) * num_experts
+            wanted.extend(chosen.tolist())
+            steps_ahead.extend([ahead] * len(chosen))
+        return wanted, steps_ahead
+
+    def _arrivals(self, plan: Plan) -> Iterator[Sequence[int]]:
+        """The experts of one wave in groups as they are ready. A lease ends when the consumer comes back for more."""
+        leased = set(plan.hits) | set(plan.awaited)
+        awaited = list(plan.awaited)
+        try:
+            if plan.hits:
+                yield plan.hits
+                self._release(plan.hits, leased)
+            while awaited:
+                arrived = self.transfer.wait_any(awaited)
+                self.residency.complete(arrived)
+                awaited = [expert for expert in awaited if expert not in arrived]
+                yield arrived
+                self._release(arrived, leased)
+        except TransferError:
+            self._abandon(leased)
+            raise
+        finally:
+            self._release(tuple(leased), leased)
+
+    def _release(self, experts: Collection[int], leased: set[int]) -> None:
+        self.residency.release(experts)
+        leased.difference_update(experts)
+
+    def _abandon(self, leased: set[int]) -> None:
+        """Forget every load that has not arrived, the failed one among them; nothing may write into their slots later."""
+        self.transfer.drain()
+        loading = [expert for expert in self.residency.resident() if self.residency.is_loading(expert)]
+        for expert in loading:
+            if self.transfer.is_ready(expert):
+                self.residency.complete([expert])
+            else:
+                self.residency.drop(expert)
+                leased.discard(expert)

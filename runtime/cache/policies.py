@@ -1,0 +1,91 @@
+"""Eviction policies: one formula each. The resident expert with the lowest score is evicted first.
+
+A formula is a pure function of a few per-expert values, compiled into the cache's one step (`residency.py`):
+
+    last_used   layer step at which the expert was last demanded (-1: never)
+    loaded_at   layer step at which it was brought in
+    uses        number of tokens that demanded it, ever
+    fast, slow  decayed frequencies of use per token of its layer (alpha 0.6 and 0.05), started at top_k / num_experts
+    now         the layer step that is running
+    distance    layers until the expert's layer runs next, 1 … num_layers (its own layer: num_layers)
+    num_layers  layers in one token's cycle
+
+To add a policy: write its function, give it a line in `score` and a row in `POLICIES`.
+"""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+
+from numba import njit
+
+
+class Policy(enum.IntEnum):
+    """The number by which the compiled step knows a formula."""
+
+    LRU = 0
+    LFU = 1
+    LFRU = 2
+    STATIC = 3
+    NEXT_USE = 4
+
+
+POLICIES: dict[str, Policy] = {policy.name.lower(): policy for policy in Policy}
+
+FAST_ALPHA = 0.6
+SLOW_ALPHA = 0.05
+_MIN_PROBABILITY = 0.003
+
+
+@njit(inline="always")
+def _lru(last_used):  # type: ignore[no-untyped-def]
+    """Least recently used goes."""
+    return float(last_used)
+
+
+@njit(inline="always")
+def _lfu(uses, last_used, now):  # type: ignore[no-untyped-def]
+    """Least used goes; among equals the least recent."""
+    return float(uses) - (now - last_used) / (now + 2.0)
+
+
+@njit(inline="always")
+def _lfru(slow, last_used, now):  # type: ignore[no-untyped-def]
+    """Frequency over age: decayed frequency divided by the layer steps since the last use."""
+    return slow / (now - last_used + 1.0)
+
+
+@njit(inline="always")
+def _static(loaded_at):  # type: ignore[no-untyped-def]
+    """What came first stays: a fixed residency, with the latest arrival making room."""
+    return -float(loaded_at)
+
+
+@njit(inline="always")
+def _next_use(fast, slow, distance, num_layers):  # type: ignore[no-untyped-def]
+    """Expected layer steps until the next use, negated: -(distance + num_layers / p), p = 0.3 fast + 0.7 slow.
+
+    p estimates P(a token of the expert's layer selects it), so 1/p - 1 further cycles are expected after the next one.
+    A pooled cache must rank the layer that just ran as the one needed last, which LRU gets backwards.
+    """
+    probability = max(0.3 * fast + 0.7 * slow, _MIN_PROBABILITY)
+    return -(distance + num_layers / probability)
+
+
+@njit(inline="always")
+def score(policy, last_used, loaded_at, uses, fast, slow, now, distance, num_layers):  # type: ignore[no-untyped-def]
+    """Value of keeping a resident expert under `policy`; the lowest goes."""
+    if policy == 0:
+        return _lru(last_used)
+    if policy == 1:
+        return _lfu(uses, last_used, now)
+    if policy == 2:
+        return _lfru(slow, last_used, now)
+    if policy == 3:
+        return _static(loaded_at)
+    return _next_use(fast, slow, distance, num_layers)
+
+
+# The compiled step is cached on disk under its own file's time stamp; it carries this one too (see residency.py).
+SOURCE = Path(__file__).read_text(encoding="utf-8")

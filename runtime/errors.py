@@ -1,0 +1,54 @@
+"""Errors that a user can meet. Each message says what was wrong, with the value, and the way out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class ExpertFlowError(Exception):
+    """Base of every error that the user can act on; the command lines print it as one line and exit with 2."""
+
+
+class CheckpointError(ExpertFlowError):
+    """A path that is not a usable checkpoint: not one at all, a missing shard, a truncated or corrupt file."""
+
+
+class UnsupportedModelError(ExpertFlowError):
+    """A checkpoint that is sound but that this runtime does not serve: dense, quantised, an unsupported family."""
+
+
+class BudgetError(ExpertFlowError):
+    """A memory budget in which the configuration cannot run."""
+
+
+class ProfileError(ExpertFlowError):
+    """A profile that cannot be read, or that does not belong to this model or machine."""
+
+
+class TraceError(ExpertFlowError):
+    """A routing trace that is malformed."""
+
+
+class DeviceError(ExpertFlowError):
+    """A compute device that is not there or that cannot be used."""
+
+
+class TransferError(ExpertFlowError):
+    """Expert bytes could not be brought into their slot: a failed or a short read."""
+
+
+class UsageError(ExpertFlowError):
+    """A command line whose arguments do not make sense together."""
+
+
+def cli_main(run: Callable[[], int | None]) -> int:
+    """Exit code of a command: `run`'s own (None is 0), 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
+    try:
+        return run() or 0
+    except ExpertFlowError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

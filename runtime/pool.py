@@ -1,0 +1,82 @@
+"""A pool: the layers whose experts are alike, and the slots that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from runtime.experts import Routed, Weights
+from runtime.predictors.base import Observation
+from runtime.vocabulary import Load, LoadReason, Pass
+
+if TYPE_CHECKING:
+    from runtime.cache.coordinator import Coordinator
+    from runtime.transfer.slots import SlotArena
+    from runtime.transfer.store import ExpertStore
+
+
+class Pool:
+    """Slots, the store behind them and the coordinator that fills them, for layers of one expert shape."""
+
+    def __init__(self, store: ExpertStore, arena: SlotArena, coordinator: Coordinator) -> None:
+        self.store, self.arena, self.coordinator = store, arena, coordinator
+        self._views: dict[int, tuple[int, Weights]] = {}
+
+    def weights(self, expert: int) -> Weights:
+        """The parameters of a resident expert, as views of its slot."""
+        slot = self.coordinator.residency.slot_of(expert)
+        known = self._views.get(expert)
+        if known is None or known[0] != slot:
+            views: Mapping[str, torch.Tensor] = {
+                place.name: self.arena.view(slot, place) for place in self.store.tensors(expert)
+            }
+            known = self._views[expert] = (slot, views)
+        return known[1]
+
+    def replay(self, loads: Sequence[Load]) -> None:
+        """Bring `loads` in again through the same transfer, in order and without compute, as fast as it goes.
+
+        Slots are taken in turn, whatever the loads say, so what they held is overwritten; see `restore`.
+        """
+        transfer = self.coordinator.transfer
+        window = min(self.arena.num_slots, 8)
+        outstanding: list[int] = []
+        for turn, load in enumerate(loads):
+            while len(outstanding) == window or load.expert in outstanding:
+                # The oldest first: the slot that comes round next is the one it fills.
+                transfer.wait_any(outstanding[:1])
+                outstanding.pop(0)
+            transfer.submit([Load(load.expert, turn % window, LoadReason.DEMAND)])
+            outstanding.append(load.expert)
+        for expert in outstanding:
+            transfer.wait_any([expert])
+
+    def restore(self) -> None:
+        """Bring every resident expert into its slot again."""
+        residency, transfer = self.coordinator.residency, self.coordinator.transfer
+        transfer.drain()
+        for expert in residency.resident():
+            transfer.submit([Load(expert, residency.slot_of(expert), LoadReason.DEMAND)])
+            transfer.wait_any([expert])
+            residency.complete([expert])
+
+
+class OffloadedSource:
+    """One layer's experts, served from its pool. `layer` is the layer's index in the pool."""
+
+    def __init__(self, pool: Pool, layer: int, current: Callable[[], Pass]) -> None:
+        self._pool, self._layer, self._current = pool, layer, current
+        self._base = layer * pool.store.num_experts
+
+    def serve(
+        self, experts: Sequence[int], tokens: Sequence[int], choice: npt.NDArray[np.int64], hidden: torch.Tensor
+    ) -> Iterator[Sequence[Routed]]:
+        """The experts as they arrive; each is leased until the next group is asked for."""
+        demand = [self._base + index for index in experts]
+        observation = Observation(self._current(), choice, hidden)
+        for group in self._pool.coordinator.serve(self._layer, demand, tokens, observation):
+            yield [Routed(expert - self._base, self._pool.weights(expert)) for expert in group]

@@ -1,0 +1,1 @@
+"""Forecasts of which experts the coming layers will need."""

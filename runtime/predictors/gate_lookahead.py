@@ -1,0 +1,78 @@
+"""`gate_lookahead`: ask the next layers' routers now, with this layer's hidden state.
+
+The residual stream changes little from layer to layer, so router `l + d` applied to what layer `l` sees predicts its choice
+(Eliseev and Mazur 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading", section 3.2). The
+hidden state is corrected for the norms in between: divided by the gain of this layer's norm, multiplied by the next one's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from runtime.predictors.base import Forecast, Observation, Predictor
+
+
+@dataclass(frozen=True)
+class LookaheadRouter:
+    """A router that can be asked about a hidden state: its module, and the gain [hidden] of the norm before it, if known."""
+
+    module: nn.Module
+    gain: torch.Tensor | None
+
+
+class GateLookahead(Predictor):
+    """Args: routers of the pool's layers in execution order; num_experts per layer; depth in layers ahead (>= 1)."""
+
+    def __init__(self, routers: Sequence[LookaheadRouter], num_experts: int, depth: int) -> None:
+        self._routers, self._depth = routers, depth
+        self._forecast: Forecast = np.zeros((len(routers), num_experts), np.float32)
+
+    def observe(self, layer: int, observation: Observation) -> None:
+        """Forecast the next `depth` layers from `observation.hidden`."""
+        if observation.hidden is None:
+            return
+        own = self._routers[layer].gain
+        flat = observation.hidden if own is None else observation.hidden / own
+        for ahead in range(layer + 1, min(layer + self._depth, len(self._routers) - 1) + 1):
+            self._forecast[ahead] = self._ask(self._routers[ahead], own is not None, flat)
+
+    def forecast(self, layer: int) -> Forecast:
+        """Expected tokens per expert: mean of "is chosen" and min(1, k * router probability), summed over tokens."""
+        return self._forecast
+
+    @staticmethod
+    @torch.inference_mode()
+    def _ask(router: LookaheadRouter, corrected: bool, flat: torch.Tensor) -> Forecast:
+        hidden = flat if router.gain is None or not corrected else flat * router.gain
+        # `forward`, not `__call__`: hooks on routers record router logits for the user and must not see guesses.
+        answer = router.module.forward(hidden)
+        logits, chosen = answer[0], answer[2]
+        likely = (logits.float().softmax(-1) * chosen.shape[-1]).clamp_(max=1.0)
+        likely.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=likely.dtype))
+        expected: Forecast = (0.5 * likely.sum(0)).cpu().numpy()
+        return expected
+
+
+def lookahead_router(router: nn.Module, norm: nn.Module | None, hidden_size: int) -> LookaheadRouter | str:
+    """The router ready to be asked, or the reason why it cannot be: it needs more than the hidden state."""
+    parameters = list(inspect.signature(router.forward).parameters.values())
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(required) != 1:
+        return f"router {type(router).__name__} needs {', '.join(required)}, of which only the hidden state is at hand"
+    return LookaheadRouter(router, None if norm is None else _gain(norm, hidden_size))
+
+
+@torch.inference_mode()
+def _gain(norm: nn.Module, hidden_size: int) -> torch.Tensor | None:
+    """Gain of an RMS norm, however it stores it (w or 1 + w): what it makes of a vector of ones. None for other norms."""
+    weight = next(norm.parameters(), None)
+    if weight is None or weight.shape != (hidden_size,):
+        return None
+    gain = norm.forward(torch.ones(1, hidden_size, dtype=weight.dtype, device=weight.device))[0]
+    return gain.clone() if bool((gain.abs() > 1e-6).all()) else None

@@ -1,0 +1,75 @@
+"""The contract of a transfer: it acts on what the cache decided, and never decides itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from runtime.vocabulary import Load
+
+
+@dataclass(slots=True)
+class TransferStats:
+    """Counters since the last reset. `num_bytes` counts bytes asked of the medium, alignment included.
+
+    `busy_s` is the time in which at least one read was under way, `stall_s` the time that `wait_any` blocked its caller.
+    """
+
+    num_loads: int = 0
+    num_bytes: int = 0
+    num_cancelled: int = 0
+    busy_s: float = 0.0
+    stall_s: float = 0.0
+
+
+class Transfer(ABC):
+    """Moves experts into slots. The engine's thread is the only caller; a transfer has threads or streams of its own.
+
+    Ownership: from `submit` until the load is ready or cancelled, the slot's memory belongs to the transfer. The caller
+    guarantees that nobody computes with a slot that it submits a load for.
+    """
+
+    @abstractmethod
+    def submit(self, loads: Sequence[Load]) -> None:
+        """Queue `loads`, in order, demand before every queued prefetch. Returns at once.
+
+        If an earlier load is queued for one of the slots it is cancelled; if one is under way, the new load starts
+        after it has ended. Loads of one call for the same slot, or an expert that is already queued, are caller's bugs.
+        """
+
+    @abstractmethod
+    def promote(self, expert: int) -> None:
+        """Treat the load of `expert` as demand from now on. No effect when it is not queued."""
+
+    @abstractmethod
+    def cancel(self, expert: int) -> bool:
+        """Drop the load of `expert` if it has not started; True when it was dropped."""
+
+    @abstractmethod
+    def is_ready(self, expert: int) -> bool:
+        """True when the last load of `expert` has ended well (and for ever after, until it is submitted again)."""
+
+    @abstractmethod
+    def wait_any(self, experts: Collection[int]) -> list[int]:
+        """Block until at least one of `experts` is ready; return all of them that are, in the order given.
+
+        Raises:
+            TransferError: the load of one of `experts` failed; it can be submitted again.
+        """
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Cancel what is queued and block until nothing is under way. The transfer stays usable."""
+
+    @abstractmethod
+    def stats(self) -> TransferStats:
+        """A copy of the counters since the last `reset_stats`."""
+
+    @abstractmethod
+    def reset_stats(self) -> None:
+        """Set all counters to zero."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drain, stop the threads and release files. Idempotent."""

@@ -1,0 +1,124 @@
+"""The order of loads: demand before prefetch, first come first served inside, one load at a time per slot.
+
+Pure bookkeeping: no lock, no clock, no I/O. A load is handed out in pieces, so that several threads can share it and so
+that a demand load overtakes, at the next piece, a prefetch that is half read.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from runtime.vocabulary import Load, LoadReason
+
+
+class LoadState(enum.IntEnum):
+    """Where a load is in its life; from READY on it has ended."""
+
+    QUEUED = 0
+    UNDER_WAY = 1
+    READY = 2
+    FAILED = 3
+    CANCELLED = 4
+
+
+@dataclass(eq=False, slots=True)
+class QueuedLoad:
+    """One load. `after` is the load that must leave the slot first; `error` says why the load failed."""
+
+    expert: int
+    slot: int
+    reason: LoadReason
+    num_pieces: int
+    num_taken: int = 0
+    num_done: int = 0
+    state: LoadState = LoadState.QUEUED
+    after: QueuedLoad | None = None
+    error: str = ""
+
+    @property
+    def has_ended(self) -> bool:
+        """True when nobody reads for this load any more."""
+        return self.state >= LoadState.READY
+
+
+@dataclass(slots=True)
+class LoadQueue:
+    """Loads by the time and the reason of their submission, and the last load of every expert and slot."""
+
+    num_cancelled: int = 0
+    num_under_way: int = 0
+    _by_expert: dict[int, QueuedLoad] = field(default_factory=dict)
+    _by_slot: dict[int, QueuedLoad] = field(default_factory=dict)
+    _waiting: tuple[dict[QueuedLoad, None], dict[QueuedLoad, None]] = field(default_factory=lambda: ({}, {}))
+
+    def put(self, loads: Sequence[Load], num_pieces: Callable[[int], int]) -> None:
+        """Queue `loads`; a load that is still queued for one of their slots is cancelled."""
+        for expert, slot, reason in loads:
+            earlier = self._by_slot.get(slot)
+            new = QueuedLoad(expert, slot, reason, num_pieces(expert))
+            if earlier is not None:
+                new.after = earlier if earlier.state is LoadState.UNDER_WAY else earlier.after
+                self._drop(earlier)
+            self._by_expert[expert] = self._by_slot[slot] = new
+            self._waiting[reason][new] = None
+
+    def find(self, expert: int) -> QueuedLoad | None:
+        """The last load of `expert`, whatever became of it."""
+        return self._by_expert.get(expert)
+
+    def promote(self, expert: int) -> None:
+        """Move what is left of a prefetch behind the queued demand loads."""
+        load = self._by_expert.get(expert)
+        if load is not None and load in self._waiting[LoadReason.PREFETCH]:
+            del self._waiting[LoadReason.PREFETCH][load]
+            load.reason = LoadReason.DEMAND
+            self._waiting[LoadReason.DEMAND][load] = None
+
+    def cancel(self, expert: int) -> bool:
+        """Drop the load of `expert` if no piece of it was taken."""
+        load = self._by_expert.get(expert)
+        return load is not None and self._drop(load)
+
+    def cancel_queued(self) -> None:
+        """Drop every load of which no piece was taken."""
+        for load in [load for waiting in self._waiting for load in waiting]:
+            self._drop(load)
+
+    def take(self) -> tuple[QueuedLoad, int] | None:
+        """The next piece to read, as its load and its number in it; None when there is none now."""
+        for waiting in self._waiting:
+            for load in waiting:
+                if load.after is None or load.after.has_ended:
+                    return load, self._take_from(load)
+        return None
+
+    def finish(self, load: QueuedLoad, error: str = "") -> bool:
+        """Note that a piece was read, or why it could not be; True when the load has ended with it."""
+        load.num_done += 1
+        if error and not load.error:
+            load.error, load.num_pieces = error, load.num_taken
+            self._waiting[load.reason].pop(load, None)
+        if load.num_done < load.num_pieces:
+            return False
+        self.num_under_way -= 1
+        load.state = LoadState.FAILED if load.error else LoadState.READY
+        return True
+
+    def _take_from(self, load: QueuedLoad) -> int:
+        if load.state is LoadState.QUEUED:
+            load.state, load.after = LoadState.UNDER_WAY, None
+            self.num_under_way += 1
+        load.num_taken += 1
+        if load.num_taken == load.num_pieces:
+            del self._waiting[load.reason][load]
+        return load.num_taken - 1
+
+    def _drop(self, load: QueuedLoad) -> bool:
+        if load.state is not LoadState.QUEUED:
+            return False
+        del self._waiting[load.reason][load]
+        load.state = LoadState.CANCELLED
+        self.num_cancelled += 1
+        return True

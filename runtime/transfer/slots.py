@@ -1,0 +1,81 @@
+"""The arena of expert slots in host memory."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from typing import NamedTuple
+
+import torch
+
+from runtime.errors import BudgetError
+
+
+class TensorPlace(NamedTuple):
+    """Where one tensor of an expert lies in the expert's slot: `slot_offset` bytes from its start, contiguous."""
+
+    name: str
+    slot_offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class SlotArena:
+    """`num_slots` slots of `slot_bytes` bytes each: one private, page-aligned, zero-filled anonymous mapping.
+
+    Memory is charged when a slot is first written. The mapping lives as long as the arena, a buffer or a view of it.
+
+    Raises:
+        BudgetError: fewer than one slot, or the system refuses the mapping.
+    """
+
+    def __init__(self, num_slots: int, slot_bytes: int) -> None:
+        if num_slots < 1:
+            raise BudgetError(f"{num_slots} slots of {slot_bytes} bytes: at least one is needed; allow more memory")
+        if slot_bytes < 1 or slot_bytes % mmap.PAGESIZE:
+            raise ValueError(f"slot_bytes must be a positive multiple of {mmap.PAGESIZE}, not {slot_bytes}")
+        self.num_slots, self.slot_bytes = num_slots, slot_bytes
+        try:
+            self._mapping = mmap.mmap(-1, num_slots * slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError, ValueError) as error:
+            raise BudgetError(
+                f"{num_slots} slots of {slot_bytes} bytes, {num_slots * slot_bytes} bytes in all, cannot be mapped "
+                f"({error}); take fewer slots"
+            ) from error
+        self._memory = memoryview(self._mapping)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+
+    def address(self, slot: int) -> int:
+        """The address of the first byte of `slot`; a multiple of the page size."""
+        return self._address + self._start(slot)
+
+    def buffer(self, slot: int) -> memoryview:
+        """The bytes of `slot`, writable, no copy."""
+        start = self._start(slot)
+        return self._memory[start : start + self.slot_bytes]
+
+    def view(self, slot: int, place: TensorPlace) -> torch.Tensor:
+        """The tensor at `place` of `slot`, no copy: it changes when the slot is loaded anew. It keeps the arena alive."""
+        num_elements = math.prod(place.shape)
+        if place.slot_offset + num_elements * place.dtype.itemsize > self.slot_bytes:
+            raise ValueError(f"{place} does not fit into a slot of {self.slot_bytes} bytes")
+        offset = self._start(slot) + place.slot_offset
+        flat = torch.frombuffer(self._mapping, dtype=place.dtype, count=num_elements, offset=offset)
+        return flat.view(place.shape)
+
+    def release_tail(self, num_slots: int) -> None:
+        """Give the memory of all slots from `num_slots` on back to the system; their content is lost, reads give zeros.
+
+        The addresses stay valid: a slot that is written again is charged again. Nobody may be using those slots.
+        """
+        if not 1 <= num_slots <= self.num_slots:
+            raise BudgetError(f"the arena has {self.num_slots} slots: {num_slots} of them cannot be kept")
+        if num_slots < self.num_slots:
+            start = num_slots * self.slot_bytes
+            self._mapping.madvise(mmap.MADV_DONTNEED, start, self.num_slots * self.slot_bytes - start)
+
+    def _start(self, slot: int) -> int:
+        if not 0 <= slot < self.num_slots:
+            raise IndexError(f"slot {slot} of {self.num_slots}")
+        return slot * self.slot_bytes

@@ -1,0 +1,138 @@
+"""The layer step, on a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from runtime.cache.coordinator import Coordinator
+from runtime.cache.residency import Count, Residency
+from runtime.errors import TransferError
+from runtime.predictors.base import Forecast, NoPredictor, Observation, Predictor
+from runtime.transfer.simulated import SimulatedTransfer
+from runtime.vocabulary import Load, LoadReason, Pass, Phase
+
+LAYERS, EXPERTS = 4, 8
+
+
+class Fixed(Predictor):
+    """Forecasts what it was told, and counts how often it was asked to observe."""
+
+    def __init__(self, experts: Sequence[Sequence[int]]) -> None:
+        self.rows = np.zeros((LAYERS, EXPERTS), np.float32)
+        for layer, chosen in enumerate(experts):
+            for rank, expert in enumerate(chosen):
+                self.rows[layer, expert] = 1.0 - rank / 10
+        self.observed = 0
+
+    def observe(self, layer: int, observation: Observation) -> None:
+        self.observed += 1
+
+    def forecast(self, layer: int) -> Forecast:
+        return self.rows
+
+
+class Broken(SimulatedTransfer):
+    """Fails on one expert."""
+
+    bad = -1
+
+    def wait_any(self, experts):  # type: ignore[no-untyped-def]
+        if self.bad in experts:
+            raise TransferError(f"expert {self.bad} cannot be read")
+        return super().wait_any(experts)
+
+
+def _coordinator(slots: int, predictor: Predictor | None = None, depth: int = 0, **more: object) -> Coordinator:
+    return Coordinator(
+        Residency(LAYERS, EXPERTS, slots, 2, "lru"),
+        Broken(load_s=1.0),
+        predictor or NoPredictor(),
+        prefetch_depth=depth,
+        prefetch_count=2,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def _observation(step: int = 0, tokens: int = 1) -> Observation:
+    phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
+    return Observation(Pass(phase, tokens, step), np.zeros((tokens, 2), np.int64))
+
+
+def _serve(coordinator: Coordinator, layer: int, experts: Sequence[int], step: int = 0) -> list[list[int]]:
+    demand = [layer * EXPERTS + expert for expert in experts]
+    groups = coordinator.serve(layer, demand, [1] * len(demand), _observation(step))
+    return [[expert % EXPERTS for expert in group] for group in groups]
+
+
+def test_resident_experts_come_first_and_missed_ones_as_they_arrive() -> None:
+    coordinator = _coordinator(4)
+    assert _serve(coordinator, 0, [1, 2]) == [[1], [2]]
+    assert _serve(coordinator, 0, [0, 2, 3]) == [[2], [0], [3]]
+    coordinator.residency.check_integrity()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_every_demanded_expert_is_served_once_at_any_budget(slots: int) -> None:
+    coordinator = _coordinator(slots)
+    for layer in (0, 1, 0):
+        assert sorted(sum(_serve(coordinator, layer, range(EXPERTS)), [])) == list(range(EXPERTS))
+    coordinator.residency.check_integrity()
+
+
+def test_a_right_forecast_turns_misses_into_hits() -> None:
+    coordinator = _coordinator(8, Fixed([[], [3, 4], [], []]), depth=1)
+    _serve(coordinator, 0, [0])
+    coordinator.transfer.advance(5.0)  # type: ignore[attr-defined]
+    assert _serve(coordinator, 1, [3, 4]) == [[3, 4]]
+    counts = coordinator.residency.counts()
+    assert (counts[Count.HITS], counts[Count.PREFETCH_USED], counts[Count.PREFETCH_WASTED]) == (2, 2, 0)
+
+
+def test_depth_and_count_bound_the_prefetches() -> None:
+    forecast = [[], [0, 1, 2], [3, 4, 5], [6, 7]]
+    for depth, expected in ((1, 2), (2, 4), (3, 6)):
+        coordinator = _coordinator(16, Fixed(forecast), depth=depth)
+        _serve(coordinator, 0, [0])
+        assert coordinator.residency.counts()[Count.PREFETCH_ISSUED] == expected
+
+
+def test_the_predictor_frequency_skips_observations_of_decode_steps() -> None:
+    predictor = Fixed([[], [], [], []])
+    coordinator = _coordinator(8, predictor, depth=1, predict_every=3)
+    for step in range(6):
+        _serve(coordinator, 0, [0], step)
+    assert predictor.observed == 2
+
+
+def test_needed_loads_are_demand_loads_and_prefetches_at_first_use() -> None:
+    needed: list[Load] = []
+    coordinator = _coordinator(8, Fixed([[], [3, 4], [], []]), depth=1, needed_loads=needed)
+    _serve(coordinator, 0, [0])
+    _serve(coordinator, 1, [3])
+    _serve(coordinator, 1, [3])
+    assert [(load.expert, load.reason) for load in needed] == [
+        (0, LoadReason.DEMAND),
+        (EXPERTS + 3, LoadReason.PREFETCH),
+    ]
+
+
+def test_a_failed_read_gives_everything_back_and_the_engine_goes_on() -> None:
+    coordinator = _coordinator(4, Fixed([[], [5, 6], [], []]), depth=1)
+    coordinator.transfer.bad = 2  # type: ignore[attr-defined]
+    with pytest.raises(TransferError, match="cannot be read"):
+        _serve(coordinator, 0, [1, 2])
+    coordinator.residency.check_integrity()
+    coordinator.transfer.bad = -1  # type: ignore[attr-defined]
+    assert sorted(sum(_serve(coordinator, 0, [1, 2, 3, 4]), [])) == [1, 2, 3, 4]
+
+
+def test_leases_end_when_the_consumer_stops_in_the_middle() -> None:
+    coordinator = _coordinator(2)
+    groups = coordinator.serve(0, [0, 1], [1, 1], _observation())
+    next(iter(groups))
+    groups.close()  # type: ignore[attr-defined]
+    assert sorted(sum(_serve(coordinator, 1, [0, 1]), [])) == [0, 1]
+    coordinator.residency.check_integrity()

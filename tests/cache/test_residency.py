@@ -1,0 +1,189 @@
+"""The decision core: golden counts on real routing, a contract over every policy, and hypothesis-driven schedules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.cache.policies import POLICIES
+from runtime.cache.residency import Count, Residency
+from runtime.errors import BudgetError
+from runtime.vocabulary import LoadReason
+
+TRACE = Path(__file__).parents[3] / "shared" / "traces" / "gpt-oss-20b.npz"
+
+# Hit rate in % by share of the experts in slots: the first 6,000 tokens, started empty.
+GOLDEN = {
+    "lru": {0.15: 45.9, 0.25: 63.2, 0.45: 88.0},
+    "lfu": {0.25: 52.8},
+    "lfru": {0.25: 68.4},
+    "static": {0.25: 24.4},
+    "next_use": {0.15: 54.2, 0.25: 71.0, 0.45: 90.1},
+}
+
+
+def _step(residency: Residency, layer: int, experts: list[int], tokens: list[int] | None = None) -> int:
+    """One layer step in which everything loads at once; the number of misses."""
+    tokens = tokens or [1] * len(experts)
+    plan = residency.plan(layer, experts, tokens, max(tokens))
+    misses = 0
+    while True:
+        misses += len(plan.loads)
+        residency.complete(load.expert for load in plan.loads)
+        residency.release(plan.hits + plan.awaited)
+        if not plan.deferred:
+            return misses
+        plan = residency.plan(layer, plan.deferred, [0] * len(plan.deferred), 1, first=False)
+
+
+@pytest.mark.parametrize("policy", GOLDEN)
+def test_golden_hit_rates_on_real_routing(policy: str) -> None:
+    if not TRACE.exists():
+        pytest.skip("the gpt-oss-20b trace is not beside the repository")
+    routes = np.load(TRACE, allow_pickle=False)["experts"][:6000].astype(np.int64)
+    _, num_layers, top_k = routes.shape
+    offsets = np.arange(num_layers)[:, None] * 32
+    for share, expected in GOLDEN[policy].items():
+        residency = Residency(num_layers, 32, round(num_layers * 32 * share), top_k, policy)
+        for token in routes + offsets:
+            for layer in range(num_layers):
+                _step(residency, layer, token[layer].tolist())
+        counts = residency.counts()
+        assert round(100 * counts[Count.HITS] / counts[Count.LOOKUPS], 1) == expected
+        assert counts[Count.LOOKUPS] == routes.size
+        residency.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("policy", "history", "victim"),
+    [
+        ("lru", [[0], [1], [2], [0]], 1),
+        ("lfu", [[0], [0], [1], [1], [2]], 2),
+        ("static", [[0], [1], [2], [0]], 2),
+        ("lfru", [[0], [0], [0], [1], [2]], 1),
+    ],
+)
+def test_a_policy_evicts_what_its_formula_says(policy: str, history: list[list[int]], victim: int) -> None:
+    residency = Residency(1, 8, 3, 1, policy)
+    for experts in history:
+        _step(residency, 0, experts)
+    _step(residency, 0, [7])
+    assert sorted({0, 1, 2} - set(residency.resident())) == [victim]
+
+
+def test_next_use_evicts_the_layer_that_is_needed_last() -> None:
+    """Four layers of equal frequency: when layer 2 needs room, layer 1 has just run and is needed last."""
+    residency = Residency(4, 2, 3, 1, "next_use")
+    _step(residency, 3, [6])
+    _step(residency, 0, [0])
+    _step(residency, 1, [2])
+    _step(residency, 2, [4])
+    assert sorted(residency.resident()) == [0, 4, 6]
+    lru = Residency(4, 2, 3, 1, "lru")
+    for layer, expert in ((3, 6), (0, 0), (1, 2), (2, 4)):
+        _step(lru, layer, [expert])
+    assert 6 not in lru.resident(), "LRU throws out what is needed next"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_demand_larger_than_the_cache_is_served_in_waves(policy: str) -> None:
+    residency = Residency(2, 8, 3, 2, policy)
+    assert _step(residency, 0, list(range(8))) == 8
+    counts = residency.counts()
+    assert (counts[Count.LOOKUPS], counts[Count.MISSES], counts[Count.LAYER_STEPS]) == (8, 8, 1)
+    assert counts[Count.WAVES] == 3
+    residency.check_integrity()
+
+
+def test_leased_experts_are_never_evicted() -> None:
+    residency = Residency(1, 8, 2, 2, "lru")
+    plan = residency.plan(0, [0, 1], [1, 1], 1)
+    assert len(plan.loads) == 2
+    blocked = residency.plan(0, [2], [1], 1)
+    assert blocked.deferred == (2,) and not blocked.loads
+    residency.release([0])
+    assert residency.plan(0, [2], [1], 1, first=False).loads[0].slot == plan.loads[0].slot
+
+
+def test_in_flight_is_neither_a_hit_nor_a_miss() -> None:
+    residency = Residency(2, 4, 4, 1, "lru")
+    (load,) = residency.plan_prefetch(0, [4], [1])
+    assert load.reason is LoadReason.PREFETCH
+    plan = residency.plan(1, [4], [1], 1)
+    assert plan.in_flight == (4,) and plan.awaited == (4,)
+    residency.complete([4])
+    residency.release([4])
+    assert residency.plan(1, [4], [1], 1).hits == (4,)
+    counts = residency.counts()
+    assert (counts[Count.HITS], counts[Count.IN_FLIGHT], counts[Count.MISSES]) == (1, 1, 0)
+    assert (counts[Count.PREFETCH_ISSUED], counts[Count.PREFETCH_USED], counts[Count.PREFETCH_WASTED]) == (1, 1, 0)
+
+
+def test_a_prefetch_does_not_evict_what_is_needed_sooner() -> None:
+    residency = Residency(4, 2, 2, 1, "lru")
+    assert len(residency.plan_prefetch(0, [2, 4], [1, 2])) == 2
+    assert residency.plan_prefetch(0, [6], [3]) == (), "both residents are needed before layer 3"
+    assert len(residency.plan_prefetch(0, [3], [1])) == 1, "layer 2's is needed later than layer 1's"
+    assert 4 not in residency.resident()
+
+
+def test_a_prefetch_that_its_layer_did_not_want_goes_first_and_counts_as_wasted() -> None:
+    residency = Residency(2, 4, 3, 1, "lru")
+    _step(residency, 0, [0])
+    residency.plan_prefetch(0, [4], [1])
+    residency.complete([4])
+    _step(residency, 1, [5])
+    _step(residency, 0, [1])
+    assert 4 not in residency.resident() and 0 in residency.resident()
+    assert residency.counts()[Count.PREFETCH_WASTED] == 1
+
+
+def test_a_dropped_expert_frees_its_slot() -> None:
+    residency = Residency(1, 4, 1, 1, "lru")
+    residency.plan(0, [0], [1], 1)
+    residency.drop(0)
+    residency.check_integrity()
+    assert residency.plan(0, [1], [1], 1).loads[0].slot == 0
+
+
+def test_fewer_than_one_slot_is_refused() -> None:
+    with pytest.raises(BudgetError, match="at least 1"):
+        Residency(1, 4, 0, 1, "lru")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    policy=st.sampled_from(sorted(POLICIES)),
+    num_slots=st.integers(1, 12),
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.sets(st.integers(0, 5), min_size=1, max_size=6),
+            st.lists(st.integers(0, 5), max_size=3, unique=True),
+            st.booleans(),
+        ),
+        max_size=25,
+    ),
+)
+def test_invariants_hold_under_any_schedule(
+    policy: str, num_slots: int, steps: list[tuple[int, set[int], list[int], bool]]
+) -> None:
+    """Demands, prefetches that arrive or stay in flight, waves: the arrays never contradict each other."""
+    residency = Residency(3, 6, num_slots, 2, policy)
+    for layer, demand, ahead, lands in steps:
+        _step(residency, layer, [layer * 6 + expert for expert in sorted(demand)])
+        wanted = [(layer + 1) % 3 * 6 + expert for expert in ahead]
+        loads = residency.plan_prefetch(layer, wanted, [1] * len(wanted))
+        assert len({load.slot for load in loads}) == len(loads)
+        if lands:
+            residency.complete(load.expert for load in loads)
+        residency.check_integrity()
+        assert len(residency.resident()) <= num_slots
+    counts = residency.counts()
+    assert counts[Count.LOOKUPS] == counts[Count.HITS] + counts[Count.IN_FLIGHT] + counts[Count.MISSES]
+    loads_issued = counts[Count.MISSES] + counts[Count.PREFETCH_ISSUED]
+    assert counts[Count.EVICTIONS] == loads_issued - len(residency.resident())
