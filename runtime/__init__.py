@@ -1,9 +1,9 @@
 """The engine: any mixture-of-experts model in less memory than it needs, exactly.
 
-    import runtime
-    engine = runtime.load("profiles/my-model.yaml")     # or a checkpoint folder, or a hub id
-    engine.model.generate(**engine.tokenizer("Hello", return_tensors="pt"))
-    print(engine.stats().summary())
+import runtime
+engine = runtime.load("profiles/my-model.yaml")     # or a checkpoint folder, or a hub id
+engine.model.generate(**engine.tokenizer("Hello", return_tensors="pt"))
+print(engine.stats().summary())
 """
 
 from __future__ import annotations

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from runtime import machine
 from runtime.cache.coordinator import Coordinator
 from runtime.cache.residency import Residency
 from runtime.engine import Engine
 from runtime.errors import BudgetError, ProfileError
-from runtime.experts import IMPLEMENTATION, KERNELS, LayerRunner, ResidentSource, register
-from runtime.model import LoadedModel, load_offloaded, load_resident, meta_model, read_config
+from runtime.experts import IMPLEMENTATION, KERNELS, ExpertSource, Kernel, LayerRunner, ResidentSource, register
+from runtime.model import LoadedModel, load_offloaded, load_resident, meta_model, routers_and_norms
 from runtime.passes import PassTracker
 from runtime.pool import OffloadedSource, Pool
 from runtime.predictors.base import NoPredictor, Predictor
-from runtime.predictors.gate_lookahead import GateLookahead, LookaheadRouter, lookahead_router
-from runtime.profile import ModelIdentity, Profile, load_profile
+from runtime.predictors.gate_lookahead import GateLookahead, LookaheadRouter, RouterInput, lookahead_router
+from runtime.profile import MachineFacts, ModelIdentity, Profile, load_profile, match_profile
 from runtime.transfer.disk import DiskTransfer
 from runtime.transfer.slots import SlotArena
 from runtime.transfer.store import ExpertLayer, ExpertStore
@@ -37,10 +36,12 @@ class ModelFacts:
     identity: ModelIdentity
     config: PreTrainedConfig
     num_experts_total: int
+    num_pools: int
     top_k: int
     expert_bytes: int
     slot_bytes: int
     dense_bytes: int
+    dtype: torch.dtype
 
 
 def describe(model: str | Path, *, dtype: torch.dtype | str = "auto") -> ModelFacts:
@@ -53,7 +54,7 @@ def _facts(loaded: LoadedModel) -> ModelFacts:
     layers, config = loaded.layers, loaded.model.config
     expert_bytes = max(layer.expert_bytes for layer in layers)
     dense = {id(p): p.numel() * p.element_size() for p in loaded.model.parameters()}
-    top_k = top_k_of(config)
+    top_k = top_k_of(config) or 1
     identity = ModelIdentity(
         architecture=type(loaded.model).__name__,
         layers=len(layers),
@@ -66,21 +67,23 @@ def _facts(loaded: LoadedModel) -> ModelFacts:
         identity=identity,
         config=config,
         num_experts_total=sum(layer.num_experts for layer in layers),
+        num_pools=len(pool_layers(layers)),
         top_k=top_k,
         expert_bytes=expert_bytes,
         slot_bytes=max(layer.slot_bytes for layer in layers),
         dense_bytes=sum(dense.values()),
+        dtype=layers[0].parameters[0].dtype,
     )
 
 
-def top_k_of(config: PreTrainedConfig) -> int:
-    """Experts per token, by the names that transformers' configurations use; 1 where none of them is there."""
+def top_k_of(config: PreTrainedConfig) -> int | None:
+    """Experts per token, by the names that transformers' configurations use."""
     text = config.get_text_config()
     for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"):
         value = getattr(text, name, None)
         if value is not None:
             return int(max(value) if isinstance(value, (list, tuple)) else value)
-    return 1
+    return None
 
 
 def load(
@@ -94,7 +97,8 @@ def load(
     """Load a model with its experts offloaded.
 
     Args:
-        source: a profile (path of a .yaml file, or a `Profile`), or a checkpoint (folder or hub id), which then runs with
+        source: a profile (path of a .yaml file, or a `Profile`), or a checkpoint (folder or hub id), which then runs
+        with
             the default profile.
         model: the checkpoint, where `source` is a profile that was tuned on a copy elsewhere.
         overrides: dotted profile keys and their values, such as {"cache.slots": "25%"}.
@@ -114,9 +118,10 @@ def load(
     passes = PassTracker()
     passes.attach(loaded.model)
     needed: list[Load] | None = [] if record_loads else None
-    pools, predictor_notes = _build_pools(loaded, profile, facts, passes, needed)
-    _install(loaded, _offloaded_sources(loaded, pools, passes), profile, passes)
-    return Engine(loaded.model, profile, pools, passes, checkpoint, [*notes, *clamped, *predictor_notes], needed)
+    pools, sources, predictor_notes = _build_pools(loaded, profile, facts, passes, needed)
+    runners, kernels = _install(loaded, sources, profile, passes)
+    notes += [*clamped, *predictor_notes]
+    return Engine(loaded.model, profile, checkpoint, runners, kernels, passes, pools, notes, needed)
 
 
 def load_reference(
@@ -126,7 +131,8 @@ def load_reference(
     overrides: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
 ) -> Engine:
-    """The whole model in memory, through the same kernels and threads: what an offloaded engine must equal to the bit."""
+    """The whole model in memory, through the same kernels and threads: what an offloaded engine must equal to the
+    bit."""
     profile, checkpoint = _profile_and_checkpoint(source, model)
     profile = profile.with_overrides(overrides or {})
     torch.set_num_threads(profile.compute.threads)
@@ -137,8 +143,8 @@ def load_reference(
         ResidentSource(module, [parameter.name for parameter in layer.parameters])
         for module, layer in zip(loaded.modules, loaded.layers, strict=True)
     ]
-    _install(loaded, sources, profile, passes)
-    return Engine(loaded.model, profile, (), passes, checkpoint)
+    runners, kernels = _install(loaded, sources, profile, passes)
+    return Engine(loaded.model, profile, checkpoint, runners, kernels, passes)
 
 
 def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
@@ -155,7 +161,7 @@ def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
         limit,
         dense_bytes=facts.dense_bytes,
         slot_bytes=facts.slot_bytes,
-        kv_bytes=profile.cache.kv_bytes or 0,
+        kv_bytes=_kv_bytes(profile, facts),
         buffer_bytes=machine.resident_bytes() + BUFFER_BYTES,
     )
     slots = min(wanted, fit, facts.num_experts_total)
@@ -167,6 +173,15 @@ def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
 
 # Activations, the tokenizer, and what loading takes for a moment beside the weights (measured, results/LOG.md).
 BUFFER_BYTES = 96 << 20
+DEFAULT_CONTEXT = 4096  # tokens of KV cache that are allowed for where the profile does not say
+
+
+def _kv_bytes(profile: Profile, facts: ModelFacts) -> int:
+    """What the profile sets aside, else the upper bound for its context and group."""
+    if profile.cache.kv_bytes is not None:
+        return profile.cache.kv_bytes
+    context = (profile.workload.context if profile.workload is not None else None) or DEFAULT_CONTEXT
+    return machine.kv_cache_bytes(facts.config, context, profile.scheduler.group, dtype_bytes=facts.dtype.itemsize)
 
 
 def _wanted_slots(slots: int | str | None, num_experts: int) -> int:
@@ -181,7 +196,9 @@ def _profile_and_checkpoint(source: str | Path | Profile, model: str | Path | No
     is_profile = isinstance(source, Profile) or str(source).endswith((".yaml", ".yml"))
     if not is_profile:
         if model is not None:
-            raise ProfileError(f"{source} is not a profile (.yaml) but a model is named as well: {model}; give only one")
+            raise ProfileError(
+                f"{source} is not a profile (.yaml) but a model is named as well: {model}; give only one"
+            )
         return Profile.default(), str(source)
     profile = source if isinstance(source, Profile) else load_profile(Path(source))
     known = profile.provenance.model if profile.provenance is not None else None
@@ -191,10 +208,15 @@ def _profile_and_checkpoint(source: str | Path | Profile, model: str | Path | No
 
 
 def _match(profile: Profile, facts: ModelFacts) -> list[str]:
+    if profile.match is None:
+        return []
     result = match_profile(profile, facts.identity, machine_facts())
     if result.level == "rejected":
-        raise ProfileError(f"the profile does not fit: {'; '.join(result.reasons)}; tune one: python -m harness.tune")
-    return [] if result.level == "exact" or profile.match is None else [f"profile {result.level}: {r}" for r in result.reasons]
+        raise ProfileError(
+            f"the profile is for another model or machine ({'; '.join(result.reasons)}); make one: python -m
+            harness.tune"
+        )
+    return [] if result.level == "exact" else [f"profile {result.level}: {reason}" for reason in result.reasons]
 
 
 def machine_facts() -> MachineFacts:
@@ -203,34 +225,48 @@ def machine_facts() -> MachineFacts:
 
 
 def _install(
-    loaded: LoadedModel, sources: list[ResidentSource] | list[OffloadedSource], profile: Profile, passes: PassTracker
-) -> None:
+    loaded: LoadedModel, sources: Sequence[ExpertSource], profile: Profile, passes: PassTracker
+) -> tuple[list[LayerRunner], dict[Phase, type[Kernel]]]:
     """Give every experts module its runner and switch the model to our implementation."""
     kernels = {Phase.PREFILL: KERNELS[profile.compute.prefill], Phase.DECODE: KERNELS[profile.compute.decode]}
     register()
+    runners = []
     for module, source in zip(loaded.modules, sources, strict=True):
         module._expertflow = LayerRunner(module, source, lambda: kernels[passes.current.phase])
+        runners.append(module._expertflow)
     loaded.model.set_experts_implementation(IMPLEMENTATION)
+    return runners, kernels
+
+
+def pool_layers(layers: Sequence[ExpertLayer]) -> list[list[int]]:
+    """The layers (indices) of each pool: those whose experts have the same parameters share slots."""
+    members: dict[Any, list[int]] = defaultdict(list)
+    for index, layer in enumerate(layers):
+        members[layer.parameters].append(index)
+    return list(members.values())
 
 
 def _build_pools(
     loaded: LoadedModel, profile: Profile, facts: ModelFacts, passes: PassTracker, needed: list[Load] | None
-) -> tuple[list[Pool], list[str]]:
-    """One pool per expert shape; the slots are divided in proportion to their experts."""
-    members: dict[Any, list[int]] = defaultdict(list)
-    for index, layer in enumerate(loaded.layers):
-        members[layer.num_experts, layer.parameters].append(index)
-    total = int(profile.cache.slots)
+) -> tuple[list[Pool], list[OffloadedSource], list[str]]:
+    """One pool per expert shape, its slots in proportion to its experts; the source of every layer; notes."""
+    pools: list[Pool] = []
+    sources: dict[int, OffloadedSource] = {}
+    notes: list[str] = []
+    total = _wanted_slots(profile.cache.slots, facts.num_experts_total)
+    members = pool_layers(loaded.layers)
     if total < len(members):
         raise BudgetError(f"{total} slots for {len(members)} shapes of experts: each needs at least 1; raise the limit")
-    pools, notes = [], []
-    for layers in members.values():
+    for layers in members:
         share = sum(loaded.layers[i].num_experts for i in layers) / facts.num_experts_total
-        predictor, note = _build_predictor(loaded, layers, profile)
-        pools.append(_build_pool(loaded, layers, max(1, int(total * share)), predictor, profile, facts, needed))
+        predictor, inputs, note = _build_predictor(loaded, layers, profile)
+        pool = _build_pool(loaded, layers, max(1, int(total * share)), predictor, profile, facts, needed)
         passes.listeners.append(predictor.begin)
+        for turn, (index, router_input) in enumerate(zip(layers, inputs, strict=True)):
+            sources[index] = OffloadedSource(pool, turn, lambda: passes.current, router_input)
+        pools.append(pool)
         notes.extend(note)
-    return pools, notes
+    return pools, [sources[index] for index in range(len(loaded.layers))], notes
 
 
 def _build_pool(
@@ -258,9 +294,13 @@ def _build_pool(
     return Pool(store, arena, coordinator)
 
 
-def _build_predictor(loaded: LoadedModel, layers: list[int], profile: Profile) -> tuple[Predictor, list[str]]:
+def _build_predictor(
+    loaded: LoadedModel, layers: list[int], profile: Profile
+) -> tuple[Predictor, list[Callable[[], torch.Tensor | None]], list[str]]:
+    """The predictor of a pool, what to show it of each layer, and notes."""
+    nothing: list[Callable[[], torch.Tensor | None]] = [lambda: None] * len(layers)
     if profile.predictor.kind == "none" or profile.prefetch.depth == 0:
-        return NoPredictor(), []
+        return NoPredictor(), nothing, []
     hidden_size = loaded.model.config.get_text_config().hidden_size
     found: list[LookaheadRouter] = []
     pairs = routers_and_norms(loaded)
@@ -268,15 +308,8 @@ def _build_predictor(loaded: LoadedModel, layers: list[int], profile: Profile) -
         router, norm = pairs[index]
         asked = "no router beside the experts" if router is None else lookahead_router(router, norm, hidden_size)
         if isinstance(asked, str):
-            return NoPredictor(), [f"gate_lookahead is not available for this model, nothing is prefetched: {asked}"]
+            why = f"gate_lookahead is not available for this model, nothing is prefetched: {asked}"
+            return NoPredictor(), nothing, [why]
         found.append(asked)
-    return GateLookahead(found, loaded.layers[layers[0]].num_experts, profile.prefetch.depth), []
-
-
-def _offloaded_sources(loaded: LoadedModel, pools: list[Pool], passes: PassTracker) -> list[OffloadedSource]:
-    by_prefix = {
-        prefix: OffloadedSource(pool, index, lambda: passes.current)
-        for pool in pools
-        for index, prefix in enumerate(pool.store.prefixes)
-    }
-    return [by_prefix[layer.prefix] for layer in loaded.layers]
+    predictor = GateLookahead(found, loaded.layers[layers[0]].num_experts, profile.prefetch.depth)
+    return predictor, [RouterInput(router.module) for router in found], []

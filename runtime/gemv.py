@@ -1,8 +1,8 @@
 """`gemv`: matrix times a few vectors, for decoding. Reads each weight once, accumulates in float32, rounds once.
 
-Compiled by Numba, which brings its own compiler. At one token the time of an expert is the time to read its weights; torch's
-CPU kernels for bfloat16 reach about 60 % of this one's rate there (results/LOG.md). Each row of the result depends only on its own
-row of the input, so a token's result does not depend on what it is batched with.
+Compiled by Numba, which brings its own compiler. At one token the time of an expert is the time to read its weights;
+torch's CPU kernels for bfloat16 reach about 60 % of this one's rate there (results/LOG.md). Each row of the result
+depends only on its own row of the input, so a token's result does not depend on what it is batched with.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ def _run(options: argparse.Namespace) -> None:
     # Imported late: --help and mistakes in the arguments answer at once.
     from runtime.build import load
     from runtime.profile import parse_overrides
+    from runtime.trace import write_trace
 
     source = options.profile or options.model
     model = options.model if options.profile else None
@@ -51,7 +52,7 @@ def _run(options: argparse.Namespace) -> None:
             engine.start_trace()
         result = _generate(engine, options)
         if options.trace:
-            engine.write_trace(options.trace)
+            write_trace(options.trace, engine.trace())
         if options.json:
             print(json.dumps(result))
         else:
@@ -92,7 +93,9 @@ class _PassTimes:
 
     def __init__(self, engine: Any) -> None:
         self._marks = [time.perf_counter()]
-        engine.on_pass(lambda passing: self._marks.append(time.perf_counter()) if passing.phase is Phase.DECODE else None)
+        engine.on_pass(
+            lambda passing: self._marks.append(time.perf_counter()) if passing.phase is Phase.DECODE else None
+        )
 
     def end(self) -> None:
         self._marks.append(time.perf_counter())

@@ -1,7 +1,7 @@
 """Load a checkpoint with its experts left at rest.
 
-The model class is subclassed so that the parameters of its experts modules are taken away right after `__init__`; an ordinary
-`from_pretrained` then loads everything else. Expert tensors are never materialised. Works for every class that
+The model class is subclassed so that the parameters of its experts modules are taken away right after `__init__`; an
+ordinary `from_pretrained` then loads everything else. Expert tensors are never materialised. Works for every class that
 transformers decorates with `use_experts_implementation`, which the attributes that the decorator sets give away.
 """
 
@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from runtime.errors import CheckpointError, UnsupportedModelError
 from runtime.transfer.safetensors_index import read_header
@@ -26,7 +26,8 @@ from runtime.transfer.store import ExpertLayer, ExpertParameter
 
 # MoE families that do not use transformers' experts interface; everything else without experts modules is dense.
 UNSUPPORTED_FAMILIES = frozenset(
-    "dbrx doge jetmoe llama4 llama4_text longcat_flash nllb-moe step3p7 step3p7_text switch_transformers".split()
+    ["dbrx", "doge", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "step3p7", "step3p7_text",
+    "switch_transformers"]
 )
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,7 +38,7 @@ class LoadedModel:
     """A transformers model, its experts modules in execution order, and the files that hold the experts."""
 
     model: PreTrainedModel
-    modules: tuple[nn.Module, ...]
+    modules: tuple[Any, ...]
     layers: tuple[ExpertLayer, ...]
     files: tuple[Path, ...]
 
@@ -50,9 +51,11 @@ def read_config(model: str) -> PreTrainedConfig:
     """
     folder = Path(model)
     if folder.exists() and not (folder / "config.json").is_file():
-        raise CheckpointError(f"{model} is not a checkpoint: it has no config.json; give the folder that holds the model")
+        raise CheckpointError(
+            f"{model} is not a checkpoint: it has no config.json; give the folder that holds the model"
+        )
     try:
-        config = AutoConfig.from_pretrained(model)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         if folder.exists():
             raise CheckpointError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
@@ -88,7 +91,9 @@ def checkpoint_files(model: str) -> tuple[Path, ...]:
     if missing and index is None:
         raise CheckpointError(f"{model} has no {_WEIGHTS} nor {_INDEX}; only safetensors checkpoints are supported")
     if missing:
-        raise CheckpointError(f"{model} lacks the shard {missing[0]} that its index names; download the checkpoint again")
+        raise CheckpointError(
+            f"{model} lacks the shard {missing[0]} that its index names; download the checkpoint again"
+        )
     files = tuple(path for _, path in found if path is not None)
     for path in files:
         read_header(path)
@@ -99,12 +104,13 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a checkpoint says it is of, else the one that transformers would choose for its configuration."""
     for name in getattr(config, "architectures", None) or ():
         module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-        found = getattr(transformers, name, None) or getattr(module, name, None)
+        found: type[PreTrainedModel] | None = getattr(transformers, name, None) or getattr(module, name, None)
         if found is not None:
             return found
     for auto in (AutoModelForCausalLM, AutoModel):
         if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
+            chosen: Any = auto._model_mapping[type(config)]
+            return chosen[0] if isinstance(chosen, tuple) else chosen  # type: ignore[no-any-return]
     raise UnsupportedModelError(f"transformers {transformers.__version__} has no model for {type(config).__name__}")
 
 
@@ -120,7 +126,7 @@ def load_offloaded(model: str, *, dtype: torch.dtype | str = "auto") -> LoadedMo
     """
     config = read_config(model)
     files = checkpoint_files(model)
-    found: list[tuple[nn.Module, ExpertLayer]] = []
+    found: list[tuple[Any, ExpertLayer]] = []
     stripped = _stripped_class(model_class(config), found)
     loaded = stripped.from_pretrained(model, config=config, dtype=dtype).eval()
     return LoadedModel(loaded, tuple(m for m, _ in found), tuple(layer for _, layer in found), files)
@@ -138,7 +144,7 @@ def load_resident(model: str, *, dtype: torch.dtype | str = "auto") -> LoadedMod
 def meta_model(model: str, *, dtype: torch.dtype | str = "auto") -> LoadedModel:
     """The model without any weights, on the meta device, its experts taken away: for shapes and sizes. Same errors."""
     config = read_config(model)
-    found: list[tuple[nn.Module, ExpertLayer]] = []
+    found: list[tuple[Any, ExpertLayer]] = []
     with torch.device("meta"):
         built = _stripped_class(model_class(config), found)._from_config(config, dtype=_dtype_of(config, dtype))
     return LoadedModel(built, tuple(m for m, _ in found), tuple(layer for _, layer in found), ())
@@ -147,7 +153,8 @@ def meta_model(model: str, *, dtype: torch.dtype | str = "auto") -> LoadedModel:
 def _dtype_of(config: PreTrainedConfig, dtype: torch.dtype | str) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    return config.get_text_config().dtype or config.dtype or torch.float32
+    stored: torch.dtype = config.get_text_config().dtype or config.dtype or torch.float32
+    return stored
 
 
 def routers_and_norms(loaded: LoadedModel) -> list[tuple[nn.Module | None, nn.Module | None]]:
@@ -159,7 +166,14 @@ def routers_and_norms(loaded: LoadedModel) -> list[tuple[nn.Module | None, nn.Mo
     return [_router_and_norm(loaded.model, layer) for layer in loaded.layers]
 
 
-_NORMS = ("post_attention_layernorm", "pre_feedforward_layernorm_2", "pre_feedforward_layernorm", "ffn_norm", "pre_ff_layernorm")
+_NORMS = (
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm_2",
+    "pre_feedforward_layernorm",
+    "ffn_norm",
+    "pre_ff_layernorm",
+    "norm",
+)
 
 
 def _router_and_norm(model: PreTrainedModel, layer: ExpertLayer) -> tuple[nn.Module | None, nn.Module | None]:
@@ -174,9 +188,7 @@ def _router_and_norm(model: PreTrainedModel, layer: ExpertLayer) -> tuple[nn.Mod
     return (routers[0] if len(routers) == 1 else None), (norms[0] if norms else None)
 
 
-def _stripped_class(
-    base: type[PreTrainedModel], found: list[tuple[nn.Module, ExpertLayer]]
-) -> type[PreTrainedModel]:
+def _stripped_class(base: type[PreTrainedModel], found: list[tuple[Any, ExpertLayer]]) -> type[PreTrainedModel]:
     """`base` without the parameters of its experts modules, which are listed in `found` when it is built."""
 
     def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
@@ -201,7 +213,7 @@ def _refuse_to_save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     )
 
 
-def _experts_modules(model: PreTrainedModel) -> list[tuple[nn.Module, ExpertLayer]]:
+def _experts_modules(model: PreTrainedModel) -> list[tuple[Any, ExpertLayer]]:
     """The experts modules of a model, in the order of their layers.
 
     Raises:
@@ -222,7 +234,7 @@ def _experts_modules(model: PreTrainedModel) -> list[tuple[nn.Module, ExpertLaye
     return found
 
 
-def _expert_layer(prefix: str, module: nn.Module) -> ExpertLayer:
+def _expert_layer(prefix: str, module: Any) -> ExpertLayer:
     """The parameters that lie directly in an experts module, one row per expert."""
     parameters = tuple(
         ExpertParameter(name, tuple(parameter.shape[1:]), parameter.dtype)
@@ -242,5 +254,3 @@ def _locate(model: str, name: str) -> Path | None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-

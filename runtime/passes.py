@@ -13,7 +13,8 @@ from runtime.vocabulary import Pass, Phase
 
 
 class PassTracker:
-    """Knows the running pass and tells listeners when one begins. A pass with one token per sequence is a decode step."""
+    """Knows the running pass and tells listeners when one begins. A pass with one token per sequence is a decode
+    step."""
 
     def __init__(self) -> None:
         self.current = Pass(Phase.PREFILL, 0, 0)

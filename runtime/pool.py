@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime.experts import Routed, Weights
+from runtime.experts import Arrival, Weights
 from runtime.predictors.base import Observation
 from runtime.vocabulary import Load, LoadReason, Pass
 
@@ -66,17 +66,28 @@ class Pool:
 
 
 class OffloadedSource:
-    """One layer's experts, served from its pool. `layer` is the layer's index in the pool."""
+    """One layer's experts, served from its pool.
 
-    def __init__(self, pool: Pool, layer: int, current: Callable[[], Pass]) -> None:
-        self._pool, self._layer, self._current = pool, layer, current
+    Args:
+        layer: the layer's index in the pool. current: the running pass.
+        router_input: what the layer's router was last given, for predictors; it need not be what the experts are given.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        layer: int,
+        current: Callable[[], Pass],
+        router_input: Callable[[], torch.Tensor | None] = lambda: None,
+    ) -> None:
+        self._pool, self._layer, self._current, self._router_input = pool, layer, current, router_input
         self._base = layer * pool.store.num_experts
 
     def serve(
-        self, experts: Sequence[int], tokens: Sequence[int], choice: npt.NDArray[np.int64], hidden: torch.Tensor
-    ) -> Iterator[Sequence[Routed]]:
+        self, experts: Sequence[int], tokens: Sequence[int], choice: npt.NDArray[np.int64]
+    ) -> Iterator[Sequence[Arrival]]:
         """The experts as they arrive; each is leased until the next group is asked for."""
         demand = [self._base + index for index in experts]
-        observation = Observation(self._current(), choice, hidden)
+        observation = Observation(self._current(), choice, self._router_input())
         for group in self._pool.coordinator.serve(self._layer, demand, tokens, observation):
-            yield [Routed(expert - self._base, self._pool.weights(expert)) for expert in group]
+            yield [Arrival(expert - self._base, self._pool.weights(expert)) for expert in group]

@@ -64,8 +64,8 @@ class Plan:
 class Pass:
     """One forward pass of the model, as predictors and traces see it.
 
-    `step` counts the engine's passes from 0. `token_ids` are in the order of the flattened batch, empty when the model was
-    given embeddings; `requests` says which sequence each token belongs to.
+    `step` counts the engine's passes from 0. `token_ids` are in the order of the flattened batch, empty when the
+    model was given embeddings; `requests` says which sequence each token belongs to.
     """
 
     phase: Phase

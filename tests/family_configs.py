@@ -49,10 +49,10 @@ SMALL: dict[str, Any] = {
     "num_local_experts": 8,
     "n_routed_experts": 8,
     "moe_num_experts": 8,
-    "num_experts_per_tok": 2,
-    "top_k_experts": 2,
-    "moe_topk": 2,
-    "moe_k": 2,
+    "num_experts_per_tok": 3,
+    "top_k_experts": 3,
+    "moe_topk": 3,
+    "moe_k": 3,
     "num_shared_experts": 1,
     "n_shared_experts": 1,
     "moe_num_shared_experts": 1,
@@ -112,11 +112,11 @@ def _mrope(*section: int) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section)}
 
 
-def _multimodal(name: str, stem: str, text: dict[str, Any] | None = None, **towers: Any) -> Row:
+def _multimodal(name: str, stem: str, text: dict[str, Any] | None = None, model: str = "", **towers: Any) -> Row:
     """The whole model, its towers included, which generates from text alone."""
     towers = {"vision_config": Config(f"{stem}VisionConfig")} | towers
     parts = {"text_config": Config(f"{stem}TextConfig", text or {}), **towers}
-    return Row(name, f"{stem}Config", f"{stem}ForConditionalGeneration", parts)
+    return Row(name, f"{stem}Config", model or f"{stem}ForConditionalGeneration", parts)
 
 
 ROWS: tuple[Row, ...] = (
@@ -148,6 +148,7 @@ ROWS: tuple[Row, ...] = (
     _causal("hunyuan_v1_moe", "HunYuanMoEV1"),
     _causal("hy_v3", "HYV3"),
     _causal("hy_v4", "HYV4", _MLA),
+    # Not the whole model: its vision tower needs scipy.
     _text("inkling", "Inkling", _INKLING),
     _text("inkling2", "Inkling2", _INKLING),
     _causal("jamba", "Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0}, representative=True),
@@ -159,7 +160,6 @@ ROWS: tuple[Row, ...] = (
     _causal("mimo_v2_flash", "MiMoV2Flash"),
     _causal("minimax", "MiniMax"),
     _causal("minimax_m2", "MiniMaxM2"),
-    _text("minimax_m3_vl", "MiniMaxM3VL", {"dense_intermediate_size": 40, "mlp_layer_types": _MLP_TYPES}),
     _causal("mistral4", "Mistral4", _MLA),
     _causal("mixtral", "Mixtral", representative=True),
     _causal("nemotron_h", "NemotronH", {"layers_block_type": ["moe", "full_attention", "linear_attention", "moe"], "moe_latent_size": 16, "moe_shared_expert_intermediate_size": 16, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2}, representative=True),
@@ -169,16 +169,17 @@ ROWS: tuple[Row, ...] = (
     _text("qwen3_5_moe", "Qwen3_5Moe", {"layer_types": _HYBRID}),
     _causal("qwen3_moe", "Qwen3Moe", representative=True),
     _causal("qwen3_next", "Qwen3Next", {"layer_types": _HYBRID}),
-    _text("qwen4_exp", "Qwen4Exp", {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"], "hc_count": 2, "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4, "indexer_compress_ratio": 2, "ple_layer_ids": [1], "ngram_vocab_size_base": 64, "heads_per_ngram": 2, "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8, "eos_token_id": 2}),
+    _text("qwen4_exp", "Qwen4Exp", {"layer_types": _HYBRID, "hc_count": 2, "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4, "indexer_compress_ratio": 2, "ple_layer_ids": [1], "ngram_vocab_size_base": 64, "heads_per_ngram": 2, "split_ngram_parts": 4, "make_ngram_vocab_size_divisible_by": 8, "eos_token_id": 2}),
     _causal("solar_open", "SolarOpen"),
-    _causal("zaya", "Zaya", {"num_experts_per_tok": 1, "router_hidden_size": 16}),
-    _text("dots3_note", "Dots3Note", {**_MLA, "shared_experts_intermediate_size": 16, "n_group": 4, "topk_group": 2, "use_sliding_window": False}),
+    _causal("zaya", "Zaya", {"num_experts_per_tok": 1, "router_hidden_size": 16, "initializer_range": 0.5}),
     # multimodal only
+    _multimodal("dots3_note", "Dots3Note", {**_MLA, "shared_experts_intermediate_size": 16, "n_group": 4, "topk_group": 2, "use_sliding_window": False}, vision_config=Config("Dots3NoteVisionConfig", {"adapter_in_dim": 32, "adapter_out_dim": 32, "num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"], "num_local_experts": 4}), audio_config=Config("Dots3NoteAudioConfig", {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 8})),
+    _multimodal("minimax_m3_vl", "MiniMaxM3VL", {"dense_intermediate_size": 40, "mlp_layer_types": _MLP_TYPES}, model="MiniMaxM3SparseForConditionalGeneration", projector_hidden_size=16),
     _multimodal("deepseek_ocr2", "DeepseekOcr2", {"mlp_layer_types": _MLP_TYPES}, vision_config=Config("DeepseekOcr2VisionConfig", {"sam_config": Config("DeepseekOcr2SamVisionConfig", _SAM), "encoder_config": Config("DeepseekOcr2VisionEncoderConfig")})),
     Row("diffusion_gemma", "DiffusionGemmaConfig", "DiffusionGemmaForBlockDiffusion", {"text_config": Config("DiffusionGemmaTextConfig", {"per_layer_config": {}}), "vision_config": Config("Gemma4VisionConfig", {"position_embedding_size": 16}), "canvas_length": 8}, mode="forward", extra_inputs=("decoder_input_ids",)),
     _multimodal("ernie4_5_vl_moe", "Ernie4_5_VLMoe", {"moe_intermediate_size": [24, 16], "head_dim": 16, "rope_parameters": _mrope(3, 3, 2)}),
     _multimodal("glm4v_moe", "Glm4vMoe", {"head_dim": 16, "rope_parameters": _mrope(2, 1, 1) | {"partial_rotary_factor": 0.5}}),
-    _multimodal("glm5_next", "Glm5Next", {**_MLA, "qk_rope_head_dim": 0, "index_kpool": 2, "hc_mult": 2, "layer_types": ["linear_attention", "indexed_attention", "linear_attention"], "mlp_layer_types": _MLP_TYPES}, vision_config=Config("Glm5NextVisionConfig", {"projection_intermediate_size": 16})),
+    _multimodal("glm5_next", "Glm5Next", {**_MLA, "qk_rope_head_dim": 0, "index_kpool": 2, "hc_mult": 2, "layer_types": _HYBRID, "mlp_layer_types": _MLP_TYPES}, vision_config=Config("Glm5NextVisionConfig", {"projection_intermediate_size": 16})),
     _multimodal("mistral_large4", "MistralLarge4", _MLA, vision_config=Config("PixtralVisionConfig")),
     _multimodal("muse_spark", "MuseSpark", {"moe_hidden_size": 16, "output_multiplier": 1.0}, audio_config=Config("MuseSparkAudioConfig", {"hidden_sizes": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_hidden_layers": 4, "out_hidden_size": 32}), vision_config=Config("MuseSparkVisionConfig", {"pos_emb_height": 4, "pos_emb_width": 4}), projector_hidden_size=16),
     Row("openai_privacy_filter", "OpenAIPrivacyFilterConfig", "OpenAIPrivacyFilterForTokenClassification", mode="forward"),
@@ -188,7 +189,7 @@ ROWS: tuple[Row, ...] = (
 )
 
 UNDECORATED_ROWS: tuple[Row, ...] = (
-    _causal("dbrx", "Dbrx", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "attn_config": Config("DbrxAttentionConfig", {"kv_n_heads": 2, "rope_theta": 10000.0}), "ffn_config": Config("DbrxFFNConfig", {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2})}),
+    _causal("dbrx", "Dbrx", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "attn_config": Config("DbrxAttentionConfig", {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}), "ffn_config": Config("DbrxFFNConfig", {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 3})}),
     _causal("doge", "Doge", {"is_moe": True, "num_experts": 16}),
     _causal("jetmoe", "JetMoe", {"kv_channels": 8}),
     _text("llama4", "Llama4"),

@@ -14,7 +14,6 @@ import json
 import lzma
 import re
 import struct
-import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.demo.errors import DemoError
+from runtime.errors import ExpertFlowError, cli_main
 
 PIECE_CHARS = 8_000
 MIN_CHARS = 500
@@ -33,6 +32,10 @@ DEFAULT_HELD_OUT_PERCENT = 4
 DUPLICATE_FRACTION = 0.3
 LEAK_FRACTION = 0.05
 GSM8K = Path(__file__).parent / "gsm8k_train.jsonl.xz"
+
+
+class CorpusError(ExpertFlowError):
+    """A package that the training text comes from is not there."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def _installed(root: Path, pattern: str, package: str) -> list[Path]:
     """Files of a Debian package under `root`; the error says how to get the package without installing it."""
     found = sorted(root.glob(pattern))
     if not found:
-        raise DemoError(
+        raise CorpusError(
             f"no {pattern} under {root}: get the Debian package {package}, e.g. "
             f"`apt-get download {package} && dpkg -x {package}_*.deb DIR`, and pass --root DIR"
         )
@@ -264,14 +267,16 @@ def collect(kind: str, root: Path) -> list[Document]:
 
 
 def build(root: Path) -> Corpus:
-    """The whole corpus from packages unpacked or installed under `root`. Raises DemoError naming a missing package."""
+    """The whole corpus from packages unpacked or installed under `root`. Raises CorpusError naming a missing package."""
     return split(document for kind in KINDS for document in collect(kind, root))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print characters and documents per kind and side."""
     parser = argparse.ArgumentParser(prog="python -m harness.demo.corpus", description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path("/"), help="where the Debian packages are unpacked (default /)")
+    parser.add_argument(
+        "--root", type=Path, default=Path("/"), help="where the Debian packages are unpacked (default /)"
+    )
     corpus = build(parser.parse_args(arguments).root)
     for kind in KINDS:
         for side, documents in (("train", corpus.train), ("held out", corpus.held_out)):
@@ -280,8 +285,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DemoError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    raise SystemExit(cli_main(main))

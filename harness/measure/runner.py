@@ -137,8 +137,9 @@ class _Decoder:
     def __init__(self, model: Any) -> None:
         self._model, self._cache = model, None
         self._mask: torch.Tensor | None = None
-        known = inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in known else {})
+        self._options: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            self._options["logits_to_keep"] = 1
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Most likely next tokens, int64 [B]. Prompts of one length need no padding, hence no mask."""

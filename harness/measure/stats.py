@@ -1,7 +1,7 @@
 """Statistics of repeated measurements: pure numpy, deterministic, shared by the tuner, the bench and the CI gate.
 
-The comparison is the median log-ratio of interleaved pairs with a percentile bootstrap interval: drift hits both members of a
-pair, and a few disturbed pairs do not move a median.
+The comparison is the median log-ratio of interleaved pairs with a percentile bootstrap interval: drift hits both
+members of a pair, and a few disturbed pairs do not move a median.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def paired_ratio(
 ) -> Ratio:
     """Median of `numerators[i] / denominators[i]` with a percentile bootstrap interval over the pairs.
 
-    Works on logarithms, so that swapping the two gives exactly the inverse. The interval of a few pairs is at most their range.
+    Works on logarithms, so that swapping the two gives exactly the inverse. The interval stays within the pairs' range.
 
     Args:
         numerators, denominators: positive, one pair per index, measured close in time.

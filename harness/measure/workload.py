@@ -110,8 +110,8 @@ def cut(
     found = [request for turn in _turns([list(chain.from_iterable(task)) for task in rounds]) for request in turn]
     if len(found) < num_requests:
         raise WorkloadError(
-            f"the workload {workload.name} has text for {len(found)} of {num_requests} requests of {length} tokens in its "
-            f"{part} part ({total} tokens in all); ask for fewer or shorter requests, or give a longer workload"
+            f"the workload {workload.name} has text for {len(found)} of {num_requests} requests of {length} tokens "
+            f"in its {part} part ({total} tokens in all); ask for fewer or shorter requests, or give a longer workload"
         )
     return tuple(found[:num_requests])
 

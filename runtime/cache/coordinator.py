@@ -1,4 +1,5 @@
-"""The layer step: from what the router chose to experts that are ready to compute, in the order in which they arrive."""
+"""The layer step: from what the router chose to experts that are ready to compute, in the order in which they
+arrive."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ class Coordinator:
         leased.difference_update(experts)
 
     def _abandon(self, leased: set[int]) -> None:
-        """Forget every load that has not arrived, the failed one among them; nothing may write into their slots later."""
+        """Forget every load that has not arrived, the failed one among them; nothing may write into their slots
+        later."""
         self.transfer.drain()
         loading = [expert for expert in self.residency.resident() if self.residency.is_loading(expert)]
         for expert in loading:

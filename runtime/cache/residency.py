@@ -1,7 +1,7 @@
 """Which expert is in which slot: lookup, leases, victim choice and bookkeeping as one compiled step over arrays.
 
-The engine calls it once per layer, through `Residency.plan`; a replay of a trace makes the very same calls, so a simulator
-built on this class cannot disagree with the engine. Nothing here reads a clock or touches a weight.
+The engine calls it once per layer, through `Residency.plan`; a replay of a trace makes the very same calls, so a
+simulator built on this class cannot disagree with the engine. Nothing here reads a clock or touches a weight.
 
 Life of a slot: `plan` decides a load and leases the expert → the transfer brings it → `complete` → compute → `release`.
 A leased expert is never evicted. A load that failed is taken back with `drop`.
@@ -85,8 +85,9 @@ def _new_state(num_experts: int, num_slots: int, prior: float) -> State:
 def _compile(source: str) -> tuple[Callable[..., None], Callable[..., None]]:
     """The compiled step and the compiled prefetch plan.
 
-    Numba keeps compiled code on disk under the time stamp of the file a function stands in and the values it closes over,
-    not of what it calls. Closing over the policies' source makes an edited formula a new entry instead of a stale one.
+    Numba keeps compiled code on disk under the time stamp of the file a function stands in and the values it closes
+    over, not of what it calls. Closing over the policies' source makes an edited formula a new entry instead of a
+    stale one.
     """
 
     @njit(cache=True)
@@ -106,7 +107,7 @@ def _compile(source: str) -> tuple[Callable[..., None], Callable[..., None]]:
             if state.leases[expert] > 0:
                 continue
             coming = state.needed_at[expert] > now
-            if coming and 0 <= needed_by and state.needed_at[expert] <= needed_by:
+            if coming and needed_by >= 0 and state.needed_at[expert] <= needed_by:
                 continue
             tier = 0 if state.unwanted[expert] else (2 if coming else 1)
             if tier > best_tier:
@@ -138,7 +139,8 @@ def _compile(source: str) -> tuple[Callable[..., None], Callable[..., None]]:
 
     @njit(cache=True)
     def observe(state, per_layer, layer, demand, tokens, num_tokens, alphas):  # type: ignore[no-untyped-def]
-        """Advance the statistics of the layer's experts by `num_tokens` tokens, `tokens[i]` of which chose `demand[i]`."""
+        """Advance the statistics of the layer's experts by `num_tokens` tokens, `tokens[i]` of which chose
+        `demand[i]`."""
         keep_fast, keep_slow = (1.0 - alphas[0]) ** num_tokens, (1.0 - alphas[1]) ** num_tokens
         for expert in range(layer * per_layer, (layer + 1) * per_layer):
             state.fast[expert] *= keep_fast
@@ -185,7 +187,8 @@ def _compile(source: str) -> tuple[Callable[..., None], Callable[..., None]]:
 
     @njit(cache=True)
     def prefetch(state, policy, per_layer, layer, wanted, steps_ahead, slots):  # type: ignore[no-untyped-def]
-        """Slots for forecast experts, most urgent first; -1 where it is resident already or nothing may be evicted for it."""
+        """Slots for forecast experts, most urgent first; -1 where it is resident already or nothing may be evicted
+        for it."""
         now = state.now[0]
         for i in range(wanted.size):
             state.needed_at[wanted[i]] = now + steps_ahead[i]
@@ -243,7 +246,9 @@ class Residency:
         """
         wanted, counts = np.array(demand, np.int64), np.array(tokens, np.int64)
         kinds, slots = np.empty_like(wanted), np.empty_like(wanted)
-        _step(self._state, self._policy, self.num_experts, layer, wanted, counts, num_tokens, _ALPHAS, first, kinds, slots)
+        _step(
+            self._state, self._policy, self.num_experts, layer, wanted, counts, num_tokens, _ALPHAS, first, kinds, slots
+        )
         hits, in_flight, deferred, loads = [], [], [], []
         for expert, kind, slot in zip(demand, kinds.tolist(), slots.tolist(), strict=True):
             if kind == Lookup.HIT:
@@ -257,7 +262,8 @@ class Residency:
         return Plan(tuple(hits), tuple(in_flight), tuple(loads), tuple(deferred))
 
     def plan_prefetch(self, layer: int, wanted: Sequence[int], steps_ahead: Sequence[int]) -> tuple[Load, ...]:
-        """Loads for experts that a forecast expects `steps_ahead[i]` (>= 1) layer steps after `layer`, most urgent first.
+        """Loads for experts that a forecast expects `steps_ahead[i]` (>= 1) layer steps after `layer`, most urgent
+        first.
 
         A prefetch never evicts a leased expert, nor one that is forecast to be needed as soon or sooner.
         """

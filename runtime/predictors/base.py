@@ -21,7 +21,9 @@ class Observation:
     Attributes:
         passing: the forward pass.
         experts: int64 [tokens, top_k], the router's choice (indices within the layer), as the router ordered them.
-        hidden: the MoE block's input [tokens, hidden], a tensor on the compute device; None in a replay.
+        hidden: the router's input [tokens, hidden], a tensor on the compute device; None where nobody asks for it,
+        as in
+            a replay.
     """
 
     passing: Pass
@@ -32,9 +34,9 @@ class Observation:
 class Predictor(ABC):
     """Forecasts which experts the coming layers of a pass will need.
 
-    The coordinator calls `begin` once per forward pass, then `observe` and `forecast` for each MoE layer in execution order.
-    A predictor owns its state and mutates nothing that it is given. `observe` may be skipped for passes (predictor
-    frequency); `forecast` then answers from what is known.
+    The coordinator calls `begin` once per forward pass, then `observe` and `forecast` for each MoE layer in
+    execution order. A predictor owns its state and mutates nothing that it is given. `observe` may be skipped for
+    passes (predictor frequency); `forecast` then answers from what is known.
     """
 
     def begin(self, passing: Pass) -> None:  # noqa: B027 -- optional: most predictors only need `observe`

@@ -1,8 +1,9 @@
 """`gate_lookahead`: ask the next layers' routers now, with this layer's hidden state.
 
-The residual stream changes little from layer to layer, so router `l + d` applied to what layer `l` sees predicts its choice
-(Eliseev and Mazur 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading", section 3.2). The
-hidden state is corrected for the norms in between: divided by the gain of this layer's norm, multiplied by the next one's.
+The residual stream changes little from layer to layer, so router `l + d` applied to what layer `l` sees predicts its
+choice (Eliseev and Mazur 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading", section 3.2).
+The hidden state is corrected for the norms in between: divided by the gain of this layer's norm, multiplied by the next
+one's.
 """
 
 from __future__ import annotations
@@ -20,10 +21,27 @@ from runtime.predictors.base import Forecast, Observation, Predictor
 
 @dataclass(frozen=True)
 class LookaheadRouter:
-    """A router that can be asked about a hidden state: its module, and the gain [hidden] of the norm before it, if known."""
+    """A router that can be asked about a hidden state: its module, and the gain [hidden] of the norm before it, if
+    known."""
 
     module: nn.Module
     gain: torch.Tensor | None
+
+
+class RouterInput:
+    """Keeps what a router was last given, flattened to [tokens, hidden]."""
+
+    def __init__(self, router: nn.Module) -> None:
+        self._last: torch.Tensor | None = None
+        router.register_forward_pre_hook(self._keep)
+
+    def __call__(self) -> torch.Tensor | None:
+        """The last input, or None before the first."""
+        return self._last
+
+    def _keep(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args:
+            self._last = args[0].detach().reshape(-1, args[0].shape[-1])
 
 
 class GateLookahead(Predictor):
@@ -70,7 +88,8 @@ def lookahead_router(router: nn.Module, norm: nn.Module | None, hidden_size: int
 
 @torch.inference_mode()
 def _gain(norm: nn.Module, hidden_size: int) -> torch.Tensor | None:
-    """Gain of an RMS norm, however it stores it (w or 1 + w): what it makes of a vector of ones. None for other norms."""
+    """Gain of an RMS norm, however it stores it (w or 1 + w): what it makes of a vector of ones. None for other
+    norms."""
     weight = next(norm.parameters(), None)
     if weight is None or weight.shape != (hidden_size,):
         return None

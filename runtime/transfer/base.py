@@ -13,7 +13,8 @@ from runtime.vocabulary import Load
 class TransferStats:
     """Counters since the last reset. `num_bytes` counts bytes asked of the medium, alignment included.
 
-    `busy_s` is the time in which at least one read was under way, `stall_s` the time that `wait_any` blocked its caller.
+    `busy_s` is the time in which at least one read was under way, `stall_s` the time that `wait_any` blocked its
+    caller.
     """
 
     num_loads: int = 0

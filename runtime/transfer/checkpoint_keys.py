@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -52,9 +52,7 @@ class Origin:
         return [pattern for pattern in self.converter.source_patterns if pattern in self.sources]
 
 
-def find_origins(
-    model: PreTrainedModel, keys: Iterable[str], parameters: Collection[str]
-) -> dict[str, Origin]:
+def find_origins(model: PreTrainedModel, keys: Iterable[str], parameters: Collection[str]) -> dict[str, Origin]:
     """Origin of each of `parameters` (full names) that some of the checkpoint's `keys` make up.
 
     `model` is asked for its names and its conversion mapping; it may lack `parameters` (stripped) or be on meta.
@@ -93,11 +91,12 @@ def convert(
         return next(iter(sources))[1]
     converter = copy.deepcopy(origin.converter)
     for pattern, tensor in sources:
-        converter.add_tensor(origin.renamed, pattern, pattern, tensor)
+        # Annotated for futures only; tensors are what saving passes.
+        converter.add_tensor(origin.renamed, pattern, pattern, cast(Any, tensor))
     one_expert = SimpleNamespace(get_parameter=lambda name: torch.empty(shapes[name], device="meta"))
     converted: dict[str, Any] = converter.convert(origin.renamed, model=one_expert, config=model.config)
     result = converted[target]
-    return result[0] if isinstance(result, list) else result
+    return cast(torch.Tensor, result[0] if isinstance(result, list) else result)
 
 
 def _targets(renamed: str, converter: WeightConverter | None) -> list[str]:
@@ -108,9 +107,9 @@ def _targets(renamed: str, converter: WeightConverter | None) -> list[str]:
 
 
 def _keeps_bytes(operation: Any) -> bool:
-    """Along dimension 1 of `[1, rows, ...]`, concatenation appends bytes; a checked transpose that is not needed is none.
+    """Along dimension 1 of `[1, rows, ...]`, concatenation appends bytes; a checked transpose may turn out to be none.
 
-    The caller compares shapes, so that a transpose that is needed is found out there.
+    Whether it does the caller sees by comparing shapes.
     """
     if type(operation) is MergeModulelist:
         return operation.dim == 0

@@ -3,74 +3,181 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import weakref
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
 import torch
 
 from runtime.errors import TransferError
 from runtime.transfer.base import Transfer, TransferStats
-from runtime.transfer.queue import LoadQueue, LoadState
-from runtime.transfer.reader import FileReader, Read, ReadFailure, Region, bounce_region, cut
+from runtime.transfer.io_crew import BusyClock, IoCrew
+from runtime.transfer.layout import PAGE_BYTES, Conversion, Segment, Source
+from runtime.transfer.queue import LoadState
+from runtime.transfer.reader import FileReader, Read, Region, cut
 from runtime.transfer.slots import SlotArena
-from runtime.transfer.store import Conversion, ExpertStore, Segment
+from runtime.transfer.store import ExpertStore
 from runtime.vocabulary import Load
 
 _Piece = Segment | Conversion
 
 
-class _BusyClock:
-    """Counts bytes, and the time in which at least one read is under way. Called by all threads."""
+class _ExpertReader:
+    """Performs the pieces of an expert's recipe."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_open, self._since_s = 0, 0.0
-        self._busy_s, self._num_bytes = 0.0, 0
-
-    def begin(self, num_bytes: int) -> None:
-        with self._lock:
-            if self._num_open == 0:
-                self._since_s = time.perf_counter()
-            self._num_open += 1
-            self._num_bytes += num_bytes
-
-    def end(self) -> None:
-        with self._lock:
-            self._num_open -= 1
-            if self._num_open == 0:
-                self._busy_s += time.perf_counter() - self._since_s
-
-    def totals(self) -> tuple[float, int]:
-        """Busy seconds, reads under way included, and bytes."""
-        with self._lock:
-            open_s = time.perf_counter() - self._since_s if self._num_open else 0.0
-            return self._busy_s + open_s, self._num_bytes
-
-    def reset(self) -> None:
-        with self._lock:
-            self._busy_s, self._num_bytes, self._since_s = 0.0, 0, time.perf_counter()
-
-
-class _Reads(NamedTuple):
-    """What a thread needs to perform a piece."""
-
-    store: ExpertStore
-    arena: SlotArena
-    files: FileReader
-    piece_bytes: int
+    def __init__(self, store: ExpertStore, arena: SlotArena, files: FileReader, piece_bytes: int) -> None:
+        self.piece_bytes = piece_bytes
+        self._store, self._arena, self._files = store, arena, files
+        self._pieces: dict[int, tuple[_Piece, ...]] = {}
 
     def pieces(self, expert: int) -> tuple[_Piece, ...]:
-        recipe = self.store.recipe(expert)
-        cuts = [piece for segment in recipe.segments for piece in cut(segment, self.piece_bytes)]
-        return (*cuts, *recipe.conversions)
+        """What to perform for `expert`, cut so that threads can share it. Called by the engine's thread only."""
+        known = self._pieces.get(expert)
+        if known is None:
+            recipe = self._store.recipe(expert)
+            cuts = [piece for segment in recipe.segments for piece in cut(segment, self.piece_bytes)]
+            known = self._pieces[expert] = (*cuts, *recipe.conversions)
+        return known
 
-    def perform(self, piece: _Piece, slot: int, bounce: Region) -> None:
-        if isinstance(piece, Conversion):
-            tensors = [self._read_whole(source, bounce) for source in piece.sources]
-            view = self.arena.view(slot, piece.place)
-            view.copy_(piece.convert(tensors).view(view.shape))
+    def perform(self, expert: int, piece: int, slot: int, bounce: Region) -> None:
+        """Bring one piece into the slot. Raises ReadFailure, or what a conversion raises."""
+        what = self._pieces[expert][piece]
+        if isinstance(what, Conversion):
+            converted = what.convert([self._read_whole(source, bounce) for source in what.sources])
+            view = self._arena.view(slot, what.place)
+            view.copy_(converted.view(view.shape))
         else:
-            self.files.read(piece, Region(self.arena.buffer(slot), self.arena.address(slot)), bounce)
+            self._files.read(what, Region(self._arena.buffer(slot), self._arena.address(slot)), bounce)
+
+    def close(self) -> None:
+        """Close the files; nobody is reading."""
+        self._files.close()
+
+    def _read_whole(self, source: Source, bounce: Region) -> torch.Tensor:
+        data = torch.empty(source.num_bytes, dtype=torch.uint8)
+        target = Region(memoryview(data.numpy().data), data.data_ptr())
+        for piece in cut(Segment(source.file, source.offset, source.num_bytes, 0), self.piece_bytes):
+            self._files.read(piece, target, bounce)
+        return data.view(source.dtype).view(source.shape)
+
+
+class DiskTransfer(Transfer):
+    """Reads experts from their checkpoint files into the slots of an arena.
+
+    A load is cut into pieces, which the threads share; a demand load overtakes a prefetch at its next piece.
+
+    Args:
+        store: where experts lie. arena: where they go; its slots are at least `store.slot_bytes` long.
+        io_threads: threads that read, 1 or more.
+        piece_bytes: size of one read, up to 1.5 times that; a multiple of 4096. 2-3 MiB keep two threads busy.
+        direct: None O_DIRECT where the file system takes it, else buffered reads without read-ahead that drop their
+            pages from the cache; True and False force one of them.
+        read: how bytes are read, with the signature of `os.preadv`.
+
+    Raises:
+        CheckpointError: a file cannot be opened (as asked). ValueError: an argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        arena: SlotArena,
+        io_threads: int = 2,
+        piece_bytes: int = 2 << 20,
+        direct: bool | None = None,
+        read: Read = os.preadv,
+    ) -> None:
+        if io_threads < 1 or piece_bytes < PAGE_BYTES or piece_bytes % PAGE_BYTES:
+            raise ValueError(f"{io_threads} threads with pieces of {piece_bytes} bytes: 1 or more, multiples of 4096")
+        if arena.slot_bytes < store.slot_bytes:
+            raise ValueError(f"slots of {arena.slot_bytes} bytes do not hold experts of {store.slot_bytes}")
+        clock = BusyClock()
+        files = FileReader(store.files, direct, clock, read)
+        self._store, self._num_slots = store, arena.num_slots
+        self._reader = _ExpertReader(store, arena, files, piece_bytes)
+        self._crew = IoCrew(self._reader, clock, io_threads)
+        self._stall_s = 0.0
+        self.is_direct = files.is_direct
+        weakref.finalize(self, self._crew.abandon).atexit = False
+
+    def submit(self, loads: Sequence[Load]) -> None:
+        """See `Transfer.submit`."""
+        crew = self._crew
+        num_pieces = 0
+        for load in loads:
+            num_pieces += len(self._reader.pieces(load.expert))
+            if not 0 <= load.slot < self._num_slots:
+                raise IndexError(f"slot {load.slot} of {self._num_slots}")
+        with crew.lock:
+            if crew.is_closing:
+                raise ValueError("the transfer is closed")
+            crew.queue.put(loads, lambda expert: len(self._reader.pieces(expert)))
+            crew.work.notify(num_pieces)
+
+    def promote(self, expert: int) -> None:
+        """See `Transfer.promote`. What is left to read of a load under way is promoted, too."""
+        with self._crew.lock:
+            self._crew.queue.promote(expert)
+
+    def cancel(self, expert: int) -> bool:
+        """See `Transfer.cancel`."""
+        with self._crew.lock:
+            return self._crew.queue.cancel(expert)
+
+    def is_ready(self, expert: int) -> bool:
+        """See `Transfer.is_ready`."""
+        load = self._crew.queue.find(expert)
+        return load is not None and load.state is LoadState.READY
+
+    def wait_any(self, experts: Collection[int]) -> list[int]:
+        """See `Transfer.wait_any`. Raises ValueError when none of `experts` is being loaded: it would wait for ever."""
+        with self._crew.lock:
+            ready = self._ready(experts)
+            if not ready:
+                began_s = time.perf_counter()
+                while not ready:
+                    self._crew.ended.wait()
+                    ready = self._ready(experts)
+                self._stall_s += time.perf_counter() - began_s
+            return ready
+
+    def drain(self) -> None:
+        """See `Transfer.drain`."""
+        crew = self._crew
+        with crew.lock:
+            crew.queue.cancel_queued()
+            while crew.queue.num_under_way:
+                crew.ended.wait()
+
+    def stats(self) -> TransferStats:
+        """See `Transfer.stats`."""
+        crew = self._crew
+        with crew.lock:
+            busy_s, num_bytes = crew.clock.totals()
+            return TransferStats(crew.num_loads, num_bytes, crew.queue.num_cancelled, busy_s, self._stall_s)
+
+    def reset_stats(self) -> None:
+        """See `Transfer.reset_stats`."""
+        with self._crew.lock:
+            self._crew.num_loads = self._crew.queue.num_cancelled = 0
+            self._crew.clock.reset()
+            self._stall_s = 0.0
+
+    def close(self) -> None:
+        """See `Transfer.close`."""
+        self._crew.close()
+
+    def _ready(self, experts: Collection[int]) -> list[int]:
+        ready, is_coming = [], False
+        for expert in experts:
+            load = self._crew.queue.find(expert)
+            if load is None or load.state is LoadState.CANCELLED:
+                continue
+            if load.state is LoadState.FAILED:
+                raise TransferError(f"{self._store.describe(expert)} (number {expert}): {load.error}")
+            if load.state is LoadState.READY:
+                ready.append(expert)
+            is_coming = True
+        if not is_coming:
+            raise ValueError(f"none of the experts {sorted(experts)} is being loaded: submit them first")
+        return ready

@@ -68,6 +68,11 @@ class LoadQueue:
         """The last load of `expert`, whatever became of it."""
         return self._by_expert.get(expert)
 
+    @property
+    def has_waiting(self) -> bool:
+        """True when a piece is still to be taken, now or later."""
+        return any(self._waiting)
+
     def promote(self, expert: int) -> None:
         """Move what is left of a prefetch behind the queued demand loads."""
         load = self._by_expert.get(expert)

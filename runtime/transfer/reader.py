@@ -1,8 +1,8 @@
 """Reads byte ranges of files into memory: past the page cache where the file system allows it (O_DIRECT).
 
-O_DIRECT wants file offset, length and memory on multiples of the page. A range is read as its aligned superset. Where memory
-and file agree modulo the page, whole pages go straight to their place and only the two ends through the bounce buffer;
-else all of it goes through the bounce buffer. Each is one read.
+O_DIRECT wants file offset, length and memory on multiples of the page, so a range is read as its aligned superset.
+Where memory and file agree modulo the page, whole pages go straight to their place and only the two ends through the
+bounce buffer; else all of it goes through the bounce buffer. Each is one read.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from runtime.errors import CheckpointError
-from runtime.transfer.store import PAGE_BYTES, Segment
+from runtime.transfer.layout import PAGE_BYTES, Segment
 
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
@@ -58,7 +59,7 @@ def cut(segment: Segment, piece_bytes: int) -> list[Segment]:
     num_pieces = max(1, round((end - first) / piece_bytes))
     step = -(-(end - first) // (num_pieces * PAGE_BYTES)) * PAGE_BYTES
     cuts = [offset, *range(first + step, end, step), end]
-    return [Segment(file, a, b - a, slot_offset + a - offset) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [Segment(file, a, b - a, slot_offset + a - offset) for a, b in pairwise(cuts)]
 
 
 class FileReader:
@@ -74,10 +75,10 @@ class FileReader:
     """
 
     def __init__(self, files: Sequence[Path], direct: bool | None, clock: ReadClock, read: Read = os.preadv) -> None:
-        self.files = tuple(files)
-        self._clock, self._read = clock, read
         self._descriptors: list[int] = []
         self._is_direct: list[bool] = []
+        self.files = tuple(files)
+        self._clock, self._read = clock, read
         try:
             for file in files:
                 descriptor, is_direct = _open(file, direct)
@@ -109,6 +110,9 @@ class FileReader:
         """Close the files. Idempotent; nobody may be reading."""
         while self._descriptors:
             os.close(self._descriptors.pop())
+
+    def __del__(self) -> None:
+        self.close()
 
     def _read_buffered(self, segment: Segment, target: Region) -> None:
         file, offset, num_bytes, at = segment
@@ -164,7 +168,9 @@ def _open(file: Path, direct: bool | None) -> tuple[int, bool]:
         raise CheckpointError(f"{file}: cannot be opened ({error.strerror}); check the path and its rights") from error
     if direct:
         os.close(descriptor)
-        raise CheckpointError(f"{file}: its file system does not take O_DIRECT; leave `direct` unset for buffered reads")
+        raise CheckpointError(
+            f"{file}: its file system does not take O_DIRECT; leave `direct` unset for buffered reads"
+        )
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     return descriptor, False

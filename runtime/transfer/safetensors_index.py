@@ -36,7 +36,7 @@ _WAY_OUT = "download it again"
 
 
 class TensorEntry(NamedTuple):
-    """A tensor at rest: `num_bytes` bytes from byte `offset` of `file`. `dtype` is None when torch has no such dtype."""
+    """A tensor at rest: `num_bytes` bytes from byte `offset` of `file`. `dtype` is None for one not listed above."""
 
     name: str
     file: Path
@@ -95,7 +95,9 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
             raise TypeError("a size or an offset is not a whole number")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: the header's entry of tensor {name!r} is corrupt ({error}); {_WAY_OUT}") from error
+        raise CheckpointError(
+            f"{file}: the header's entry of tensor {name!r} is corrupt ({error}); {_WAY_OUT}"
+        ) from error
     if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(
             f"{file}: tensor {name!r} of shape {list(shape)} and dtype {fields['dtype']} has {end - begin} bytes "
@@ -115,7 +117,8 @@ def _check_contiguous(file: Path, entries: list[TensorEntry], data_start: int, f
         position += entry.num_bytes
         if position > file_bytes:
             raise CheckpointError(
-                f"{file}: truncated: tensor {entry.name!r} ends at byte {position}, the file at {file_bytes}; {_WAY_OUT}"
+                f"{file}: truncated: tensor {entry.name!r} ends at byte {position}, the file at {file_bytes}; "
+                f"{_WAY_OUT}"
             )
     if position != file_bytes:
         raise CheckpointError(f"{file}: {file_bytes - position} bytes belong to no tensor: corrupt; {_WAY_OUT}")

@@ -56,7 +56,7 @@ class SlotArena:
         return self._memory[start : start + self.slot_bytes]
 
     def view(self, slot: int, place: TensorPlace) -> torch.Tensor:
-        """The tensor at `place` of `slot`, no copy: it changes when the slot is loaded anew. It keeps the arena alive."""
+        """The tensor at `place` of `slot`, no copy: it changes when the slot is loaded anew. Keeps the memory alive."""
         num_elements = math.prod(place.shape)
         if place.slot_offset + num_elements * place.dtype.itemsize > self.slot_bytes:
             raise ValueError(f"{place} does not fit into a slot of {self.slot_bytes} bytes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_resident_experts_come_first_and_missed_ones_as_they_arrive() -> None:
 def test_every_demanded_expert_is_served_once_at_any_budget(slots: int) -> None:
     coordinator = _coordinator(slots)
     for layer in (0, 1, 0):
-        assert sorted(sum(_serve(coordinator, layer, range(EXPERTS)), [])) == list(range(EXPERTS))
+        assert sorted(chain.from_iterable(_serve(coordinator, layer, range(EXPERTS)))) == list(range(EXPERTS))
     coordinator.residency.check_integrity()
 
 
@@ -126,7 +127,7 @@ def test_a_failed_read_gives_everything_back_and_the_engine_goes_on() -> None:
         _serve(coordinator, 0, [1, 2])
     coordinator.residency.check_integrity()
     coordinator.transfer.bad = -1  # type: ignore[attr-defined]
-    assert sorted(sum(_serve(coordinator, 0, [1, 2, 3, 4]), [])) == [1, 2, 3, 4]
+    assert sorted(chain.from_iterable(_serve(coordinator, 0, [1, 2, 3, 4]))) == [1, 2, 3, 4]
 
 
 def test_leases_end_when_the_consumer_stops_in_the_middle() -> None:
@@ -134,5 +135,5 @@ def test_leases_end_when_the_consumer_stops_in_the_middle() -> None:
     groups = coordinator.serve(0, [0, 1], [1, 1], _observation())
     next(iter(groups))
     groups.close()  # type: ignore[attr-defined]
-    assert sorted(sum(_serve(coordinator, 1, [0, 1]), [])) == [0, 1]
+    assert sorted(chain.from_iterable(_serve(coordinator, 1, [0, 1]))) == [0, 1]
     coordinator.residency.check_integrity()

@@ -94,8 +94,8 @@ def test_nothing_to_run_is_refused(options: dict[str, int]) -> None:
 def model() -> Qwen3MoeForCausalLM:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, initializer_range=0.3,
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, initializer_range=0.3,
     )  # fmt: skip
     return Qwen3MoeForCausalLM(config).eval()
 

@@ -87,11 +87,10 @@ def test_the_output_continues_the_prompt(tmp_path: Path) -> None:
 
 
 def test_the_parts_share_no_passage(workload: Workload) -> None:
-    passages = [
-        {r.id.split("#")[0] for r in cut(workload, Characters(), prompt_tokens=3, output_tokens=2, num_requests=20, part=p)}
-        for p in ("search", "confirm")
-    ]
-    assert all(len(part) == 4 for part in passages) and not passages[0] & passages[1]
+    options = {"prompt_tokens": 3, "output_tokens": 2, "num_requests": 20}
+    search = {request.id.split("#")[0] for request in cut(workload, Characters(), part="search", **options)}
+    confirm = {request.id.split("#")[0] for request in cut(workload, Characters(), part="confirm", **options)}
+    assert len(search) == len(confirm) == 4 and not search & confirm
 
 
 def test_lines_with_one_id_stay_in_one_part(tmp_path: Path) -> None:
