@@ -1,17 +1,17 @@
 """A profile side by side with its peers under one memory limit: `python -m harness.bench`.
 
-Every contender runs in a process and a memory cgroup of its own and decodes the same held-out text, in interleaved blocks.
-The resident model has no limit: it is the upper reference. The last line of the output is one JSON object.
+Every contender runs in a process and a memory cgroup of its own and decodes the same held-out text, in interleaved
+blocks. The resident model has no limit: it is the upper reference. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -22,14 +22,16 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from harness.demo.widen import default_cache, widened
+from harness.hardware.bound import Ladder
 from harness.measure import bench_report as report
 from harness.measure.baselines import fused_copy
-from harness.measure.bench_files import record, save
+from harness.measure.bench_files import RawFile
 from harness.measure.blocks import Row, run_blocks
 from harness.measure.cgroup import unavailable_reason
 from harness.measure.contest import Contest, Field, field, measure_process_bytes
 from harness.measure.limits import Limit, ModelBytes, make_limit
 from harness.measure.memory_check import check_memory
+from harness.measure.process import Spec
 from harness.measure.workload import TokenRequest, cut, load_workload
 from runtime import machine
 from runtime.build import ModelFacts, describe
@@ -46,18 +48,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.bench", description=__doc__)
     parser.add_argument("--profile", type=Path, help="profile to measure; default: the default profile")
     parser.add_argument("--model", help="checkpoint folder or hub id; default: the demo with experts of 6 MiB")
-    parser.add_argument("--slots", help='slots that "tight" makes room for, such as 64 or 25%%; default: the profile\'s, else 25%%')
+    parser.add_argument("--slots", help="slots at the tight limit: 64 or 25%% (default: the profile's, else 25%%)")
     parser.add_argument("--limit", default="tight", help="tight, half, or a size: total memory of each contender")
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded per block (default 64)")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each prompt (default 64)")
     parser.add_argument("--blocks", type=int, default=5, help="interleaved repeats, each on other text (default 5)")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="any of %(default)s")
-    parser.add_argument("--threads", type=int, help="compute threads of every contender; default: the profile's, else 1")
+    parser.add_argument("--threads", type=int, help="compute threads of each (default: the profile's, else 1)")
     parser.add_argument("--workload", type=Path, help="JSON lines of text; default: the demo's held-out text")
-    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder for raw samples (default %(default)s)")
-    parser.add_argument("--memory-check", action="store_true", help="only check the promised peak of memory, at --slots")
+    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder for raw samples (%(default)s)")
+    parser.add_argument(
+        "--memory-check", action="store_true", help="only check the promised peak of memory, at --slots"
+    )
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     return parser
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a bench measured."""
+
+    rows: Mapping[str, Row]
+    ladder: Ladder | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,9 @@ def _setup(options: argparse.Namespace) -> Setup:
     for option in ("tokens", "prompt_tokens", "blocks"):
         least = 2 if option == "tokens" else 1
         if getattr(options, option) < least:
-            raise UsageError(f"--{option.replace('_', '-')} {getattr(options, option)} is too few; give {least} or more")
+            raise UsageError(
+                f"--{option.replace('_', '-')} {getattr(options, option)} is too few; give {least} or more"
+            )
     profile = None if options.profile is None else load_profile(options.profile)
     known = None if profile is None or profile.provenance is None else profile.provenance.model
     model = options.model or known or str(widened(DEMO_EXPERT_BYTES))
@@ -116,47 +130,105 @@ def _contest(setup: Setup, options: argparse.Namespace, warm: TokenRequest, use_
     )
 
 
-def _names(setup: Setup, say: Any) -> list[str]:
-    """What is measured, the reference included; resident models only where the machine has the memory for them."""
-    names = list(setup.names) + ["reference"]
-    resident = [name for name in names if name in report.UNLIMITED]
-    free = machine.available_memory_bytes()
-    for name in resident[:0:-1] if free < 2 * len(resident) * setup.sizes.total_bytes else ():
-        say(f"{name} is left out: {machine.format_bytes(free)} are available for {len(resident)} resident models")
-        names.remove(name)
-    return names
+def _names(setup: Setup, contest: Contest) -> list[str]:
+    """What is measured, the reference included; resident models only as far as the machine has memory for them."""
+    wanted = [*setup.names, "reference"]
+    room = machine.available_memory_bytes() // int(1.3 * setup.sizes.total_bytes)
+    resident = [name for name in reversed(wanted) if name in report.UNLIMITED]
+    for name in resident[room:]:
+        contest.say(f"{name} is left out: this machine has no memory for {len(resident)} resident models")
+    return [name for name in wanted if name not in resident[room:]]
 
 
 def _measure(
-    setup: Setup, options: argparse.Namespace, contest: Contest, limit: Limit, requests: tuple[TokenRequest, ...], path: Path
-) -> dict[str, Any]:
-    files = [*checkpoint_files(setup.model), *checkpoint_files(contest.fused)]
-    head = record(setup.facts, limit, contest, shlex.join(["python", "-m", "harness.bench", *sys.argv[1:]]))
+    setup: Setup, contest: Contest, limit: Limit, requests: tuple[TokenRequest, ...], out: RawFile
+) -> Findings:
+    files = sorted({*checkpoint_files(setup.model), *checkpoint_files(contest.fused)})
     with field(contest, limit) as running:
-        for name in _names(setup, contest.say):
+        for name in _names(setup, contest):
             running.add(name)
         rows = running.rows
-        with tqdm(total=len(rows) * len(requests), desc="blocks", unit="run", file=sys.stderr) as bar:
+        with tqdm(total=len(rows) * len(requests), desc="measuring", unit="run", file=sys.stderr) as bar:
             run_blocks(
                 list(rows.values()),
                 requests,
                 [*files, *contest.scratch.rglob("*.dat")],
                 on_sample=lambda row: bar.update(),
-                on_block=lambda: save(path, head, rows, None),
+                on_block=lambda: out.save(rows),
             )
         found = report.ladder(rows, setup.facts, _memory_rate(running))
-    summary = {"limit": limit.name, "limit_bytes": limit.total_bytes, **report.summary(rows, found)}
-    save(path, head, rows, summary)
-    if not options.json:
-        print(limit.describe(setup.sizes))
-        print(report.table(rows, page_cache_limited=contest.use_cgroup))
-        print("the ladder of the bound: not measured" if found is None else found.table())
-        print(f"raw samples: {path}")
-    return summary
+    return Findings(rows, found)
 
 
 def _memory_rate(running: Field) -> float:
-    reference = running.rows.get("reference")
-    if reference is None or reference.process is None or reference.failure is not None:
-        return float("inf")
-    return float(reference.process.ask("memory_rate", timeout_s=60.0)["memory_bytes_per_s"])
+    process = running.rows["reference"].process if "reference" in running.rows else None
+    return float("nan") if process is None else process.ask("memory_rate", timeout_s=60.0)["memory_bytes_per_s"]
+
+
+def _bench(setup: Setup, options: argparse.Namespace) -> int:
+    requests = cut(
+        load_workload(options.workload),
+        setup.tokenizer,
+        prompt_tokens=options.prompt_tokens,
+        output_tokens=options.tokens,
+        num_requests=options.blocks + 1,
+        part="confirm",
+    )
+    reason = unavailable_reason()
+    if reason is not None:
+        print(f"no memory cgroup can be made here ({reason}): page cache not limited", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="expertflow-bench-") as scratch:
+        contest = _contest(setup, options, requests[0], reason is None, Path(scratch))
+        contest.say("measuring what the process itself needs")
+        wanted = options.limit if options.limit in ("tight", "half") else machine.parse_bytes(options.limit)
+        limit = make_limit(wanted, setup.sizes, measure_process_bytes(contest), setup.tight_slots)
+        out = RawFile.create(options.out, limit, setup.facts, contest)
+        try:
+            found = _measure(setup, contest, limit, requests[1:], out)
+        except KeyboardInterrupt:
+            print(f"interrupted: {out.kept()}", file=sys.stderr)
+            return 130
+    summary = {"limit": limit.name, "limit_bytes": limit.total_bytes, **report.summary(found.rows, found.ladder)}
+    out.save(found.rows, summary)
+    if not options.json:
+        print(limit.describe(setup.sizes))
+        print(report.table(found.rows, page_cache_limited=contest.use_cgroup))
+        print("the ladder of the bound: not measured" if found.ladder is None else found.ladder.table())
+        print(f"raw samples: {out.path}")
+    print(json.dumps(summary))
+    return 0
+
+
+def _memory_check(setup: Setup, options: argparse.Namespace) -> int:
+    (request,) = cut(
+        load_workload(options.workload),
+        setup.tokenizer,
+        prompt_tokens=512,
+        output_tokens=64,
+        num_requests=1,
+        part="confirm",
+    )
+    overrides = {"cache.slots": setup.tight_slots, "compute.threads": setup.threads}
+    spec = Spec("engine", setup.model, setup.threads, setup.profile, overrides)
+    check = check_memory(spec, setup.sizes, request)
+    if not options.json:
+        print(check.describe())
+    print(json.dumps(check.as_dict()))
+    return 0 if check.passed else 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    options = _parser().parse_args(argv)
+    # A terminated bench cleans up like an interrupted one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    setup = _setup(options)
+    return _memory_check(setup, options) if options.memory_check else _bench(setup, options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return cli_main(lambda: _run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -213,8 +213,8 @@ def _match(profile: Profile, facts: ModelFacts) -> list[str]:
     result = match_profile(profile, facts.identity, machine_facts())
     if result.level == "rejected":
         raise ProfileError(
-            f"the profile is for another model or machine ({'; '.join(result.reasons)}); make one: python -m
-            harness.tune"
+            f"the profile is for another model or machine ({'; '.join(result.reasons)}); "
+            "make one: python -m harness.tune"
         )
     return [] if result.level == "exact" else [f"profile {result.level}: {reason}" for reason in result.reasons]
 

@@ -153,8 +153,8 @@ def meta_model(model: str, *, dtype: torch.dtype | str = "auto") -> LoadedModel:
 def _dtype_of(config: PreTrainedConfig, dtype: torch.dtype | str) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    stored: torch.dtype = config.get_text_config().dtype or config.dtype or torch.float32
-    return stored
+    stored = config.get_text_config().dtype or config.dtype
+    return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def routers_and_norms(loaded: LoadedModel) -> list[tuple[nn.Module | None, nn.Module | None]]:

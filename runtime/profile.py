@@ -490,6 +490,8 @@ def _check_head(content: object, path: Path) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise ProfileError(f"{path}: a profile is a mapping of keys to values, this is a {type(content).__name__}")
     version, kind = content.get("schema_version"), content.get("kind")
+    if isinstance(version, bool):
+        raise ProfileError(f"{path}: schema_version is {version!r}, not {SCHEMA_VERSION}")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise ProfileError(f"{path}: schema_version {version} is newer than {SCHEMA_VERSION}; upgrade expertflow")
     if "kind" in content and kind != KIND:

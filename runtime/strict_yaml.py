@@ -29,8 +29,10 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
-            if isinstance(key, Hashable) and seen.setdefault(key, line) != line:
-                raise yaml.YAMLError(f"duplicate key {key!r} in line {line}, first in line {seen[key]}")
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.YAMLError(f"duplicate key {key!r} in line {line}, first in line {seen[key]}")
+                seen[key] = line
         return super().construct_mapping(node, deep)
 
 

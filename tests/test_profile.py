@@ -27,7 +27,14 @@ from runtime.profile import (
 ROOT = Path(__file__).parent.parent
 HEAD = "schema_version: 1\nkind: moe-offload-profile\n"
 
-IDENTITY = {"architecture": "DemoForCausalLM", "layers": 8, "experts": 32, "top_k": 4, "expert_bytes": 4096, "dtype": "bf16"}
+IDENTITY = {
+    "architecture": "DemoForCausalLM",
+    "layers": 8,
+    "experts": 32,
+    "top_k": 4,
+    "expert_bytes": 4096,
+    "dtype": "bf16",
+}
 MATCH: dict[str, Any] = {
     "device": "cpu",
     "memory_total_bytes": 16_000_000_000,
@@ -75,7 +82,7 @@ fixed: [cache.slots, limits.max_memory_bytes]
 objectives: {latency_ms_p50: 12.5, tokens_per_s: 80, peak_memory_bytes: 400, fraction_of_bound: 0.8}
 evidence: {baseline: {latency_ms_p50: 20.0}, ratio: {estimate: 0.6, low: 0.5, high: 0.7}, pairs: 9, trials: 20, oom: 0,
            seed: 0, simulator_rank_correlation: 0.7, memory_model_error: -0.02}
-provenance: {created: 2026-11-22T03:40:00Z, versions: {torch: "2.13"}, commit: "1e5", hardware: {cores: 2}, command: make}
+provenance: {created: 2026-11-22T03:40:00Z, versions: {torch: "2.13"}, commit: "1e5", hardware: {cores: 2}}
 fallback: default
 """,
     )
@@ -96,7 +103,7 @@ fallback: default
         ("just text", ["mapping", "str"]),
         ("a: [1", ["not valid YAML", "line 1"]),
         (b"\xff\xfe\x00", ["not valid YAML"]),
-        ("[" * 5000, ["nested too deeply"]),
+        ("[" * 600, ["nested too deeply"]),
         ("kind: moe-offload-profile\n", ["'schema_version' is missing"]),
         ("schema_version: 1\n", ["'kind' is missing"]),
         ("schema_version: 1\nkind: recipe\n", ["'recipe'", "moe-offload-profile"]),
@@ -177,7 +184,7 @@ TREES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(tree=TREES)
 def test_round_trip_is_exact_and_stable(tree: dict[str, Any]) -> None:
     profile = Profile.model_validate({"schema_version": 1, "kind": schema.KIND, **tree})
@@ -187,7 +194,9 @@ def test_round_trip_is_exact_and_stable(tree: dict[str, Any]) -> None:
     assert dump_profile(again) == text
 
 
-@pytest.mark.parametrize("name", ["no", "on", "1e3", "0x1F", "017", "1_000", "12:30", "2026-11-22", "~", "", ".5", "=", "25%"])
+@pytest.mark.parametrize(
+    "name", ["no", "on", "1e3", "0x1F", "017", "1_000", "12:30", "2026-11-22", "~", "", ".5", "=", "25%"]
+)
 def test_other_yaml_readers_see_the_same_text(name: str) -> None:
     """PyYAML itself reads YAML 1.1; what 1.2 reads as numbers must be quoted as well."""
     line = strict_yaml.dump({"name": name})
@@ -211,7 +220,9 @@ def test_saving_keeps_the_order_of_the_schema_and_leaves_no_other_file(tmp_path:
 
 
 def test_overrides_set_dotted_keys_and_make_sections() -> None:
-    overrides = parse_overrides(["cache.slots=25%", "limits.max_memory_bytes=1.5GiB", "prefetch.depth=3", "cache.kv_bytes=null"])
+    overrides = parse_overrides(
+        ["cache.slots=25%", "limits.max_memory_bytes=1.5GiB", "prefetch.depth=3", "cache.kv_bytes=null"]
+    )
     profile = Profile.default().with_overrides(overrides)
     assert profile.cache.slots == "25%" and profile.cache.kv_bytes is None and profile.prefetch.depth == 3
     assert profile.limits is not None and profile.limits.max_memory_bytes == 3 << 29
@@ -275,9 +286,13 @@ def test_a_profile_that_does_not_say_is_compatible(match: dict[str, Any] | None)
     assert "does not say" in result.reasons[0]
 
 
-def test_the_names_are_those_that_exist() -> None:
+def test_the_policies_are_those_that_exist() -> None:
     from runtime.cache.policies import POLICIES
-    from runtime.experts import KERNELS
 
     assert set(schema.POLICIES) == set(POLICIES)
+
+
+def test_the_kernels_are_those_that_exist() -> None:
+    from runtime.experts import KERNELS
+
     assert set(schema.DECODE_KERNELS) | set(schema.PREFILL_KERNELS) == set(KERNELS)

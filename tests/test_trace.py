@@ -109,7 +109,9 @@ def test_other_integers_that_fit_are_converted(tmp_path: Path, dtype: Any) -> No
         ({"meta": json.dumps({"num_experts": 0})}, ["meta", "num_experts", "0"]),
     ],
 )
-def test_malformed_traces_name_the_field_and_the_reason(tmp_path: Path, changes: dict[str, Any], says: list[str]) -> None:
+def test_malformed_traces_name_the_field_and_the_reason(
+    tmp_path: Path, changes: dict[str, Any], says: list[str]
+) -> None:
     path = save(tmp_path / "t.npz", arrays(**changes))
     with pytest.raises(TraceError) as caught:
         read_trace(path)
@@ -158,7 +160,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_bad_trace_is_not_written(tmp_path: Path) -> None:
     good = validate(RoutingTrace(np.zeros((1, 1, 1), int), np.zeros(1, int), {"num_experts": 2}))
-    for bad in ({"meta": {"num_experts": 2, "path": Path()}}, {"experts": good.experts + 2}, {"request": good.request[:0]}):
+    for bad in (
+        {"meta": {"num_experts": 2, "path": Path()}},
+        {"experts": good.experts + 2},
+        {"request": good.request[:0]},
+    ):
         fields = {"experts": good.experts, "request": good.request, "meta": good.meta, **bad}
         with pytest.raises(TraceError):
             write_trace(tmp_path / "t.npz", RoutingTrace(**fields))

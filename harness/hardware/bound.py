@@ -55,8 +55,8 @@ class DecodeWork:
 def oracle_misses(demands: Sequence[Sequence[int]], num_slots: int) -> int:
     """Fewest loads with which `num_slots` pooled slots could have served `demands`, by Belady's rule.
 
-    The oracle starts with the best contents (filling an empty slot is free), so the count is a lower bound for an engine
-    that was warm already. A layer step's experts stay during that step, as long as there are other candidates.
+    The oracle starts with the best contents (an empty slot is filled for free): the count bounds an engine that was
+    warm already. A layer step's experts stay during that step, as long as there are other candidates.
 
     Args:
         demands: per layer step, the distinct experts (ids over all layers) that it needs, in the order of execution.

@@ -64,7 +64,7 @@ def load_accelerate(model: str, meta: nn.Module, *, whole_layers: bool, implemen
     """A model of which accelerate keeps the experts, or whole decoder layers, on disk; it computes on the CPU.
 
     Args:
-        model: a checkpoint in the fused layout, which is read in place; another has its offloaded weights written again.
+        model: a checkpoint in the fused layout, which is read in place; of another, what goes to disk is written again.
         meta: the same model on the meta device.
         folder: where accelerate may write.
     """

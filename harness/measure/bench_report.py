@@ -34,7 +34,9 @@ def table(rows: Mapping[str, Row], *, page_cache_limited: bool) -> str:
 def _line(row: Row, rows: Mapping[str, Row]) -> str:
     label = f"{LABELS[row.name]:<29}"
     if not row.is_measured:
-        least = "" if row.smallest_bytes is None else f"; the smallest limit that was seen to work: {row.smallest_bytes}"
+        least = (
+            "" if row.smallest_bytes is None else f"; the smallest limit that was seen to work: {row.smallest_bytes}"
+        )
         return f"{label}{'failed' if row.fits else 'does not fit'}: {row.failure}{least}"
     rate, hits, read = row.rate(), row.hit_rate(), row.mean("read_bytes")
     ratio = None if row.name == "ours" else _ratio(rows, row)
@@ -157,7 +159,9 @@ def summary(rows: Mapping[str, Row], found: Ladder | None) -> dict[str, Any]:
         "bound_own_tokens_per_s": None if found is None else found.bound_own,
         "bound_oracle_tokens_per_s": None if found is None else found.bound_oracle,
         "tokens_equal": tokens_equal(rows),
-        "smallest_working_limit_bytes": {n: rows[n].smallest_bytes for n in names if rows[n].smallest_bytes is not None},
+        "smallest_working_limit_bytes": {
+            n: rows[n].smallest_bytes for n in names if rows[n].smallest_bytes is not None
+        },
         "failures": {name: rows[name].failure for name in names if rows[name].failure is not None},
     }
 

@@ -1,4 +1,4 @@
-"""Interleaved blocks: every contender decodes the same text in every block, in an order that rotates and turns round."""
+"""Interleaved blocks: every contender decodes the same text in every block, in an order that turns and rotates."""
 
 from __future__ import annotations
 

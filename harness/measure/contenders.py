@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -41,22 +42,21 @@ class Contender:
         from harness.measure.workload import TokenRequest
         from runtime import machine
 
-        read_before: list[int | None] = []
+        read: list[int | None] = []
 
         def begin() -> None:
             self._begin_decode()
-            read_before.append(machine.bytes_read_from_disk())
+            read.append(machine.bytes_read_from_disk())
 
         request = TokenRequest("bench", "bench", tuple(prompt_ids), tuple(output_ids))
         (result,) = replay(self._model, [request], group=1, concurrency=1, on_decode=begin).requests
-        read_after = machine.bytes_read_from_disk()
-        known = read_after is not None and read_before[0] is not None
+        read.append(machine.bytes_read_from_disk())
         return {
             "decode_s": result.finish_s - result.first_token_s,
             "decode_tokens": result.num_tokens - 1,
             "ttft_ms": result.ttft_ms,
             "predicted_ids": list(result.predicted_ids),
-            "read_bytes": read_after - read_before[0] if known else None,
+            "read_bytes": None if read[0] is None or read[1] is None else read[1] - read[0],
             "peak_resident_bytes": machine.peak_resident_bytes(),
             **self._end_decode(),
         }
@@ -111,7 +111,7 @@ class ReferenceContender(Contender):
         super().__init__(engine.model)
         self._chosen: list[tuple[int, Any]] = []
         for layer, module in enumerate(experts_modules(engine.model).values()):
-            self._num_experts = module.num_experts
+            self._num_experts = int(module.num_experts)  # type: ignore[arg-type]
             module.register_forward_pre_hook(self._hook(layer))
 
     def memory_rate(self) -> JsonDict:
@@ -195,7 +195,7 @@ def main(argument: str) -> int:
     for line in sys.stdin if contender else ():
         request = json.loads(line)
         op = request.pop("op")
-        answer = _answer(lambda request=request, op=op: getattr(contender[0], op)(**request))
+        answer = _answer(partial(getattr(contender[0], op), **request))
         print(json.dumps(answer), file=channel)
         if op == "close":
             return 0

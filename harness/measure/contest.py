@@ -1,4 +1,4 @@
-"""Start the contenders of a bench under their limits, find out what does not fit, and keep them running for the blocks."""
+"""Start the contenders of a bench under their limits, find out what does not fit, and keep the rest running."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from harness.measure import process as processes
 from harness.measure.blocks import PROBE_TOKENS, Row, warm_up
 from harness.measure.limits import Limit, ModelBytes, smallest_working
-from harness.measure.process import ContenderFailed, ContenderProcess, Spec
+from harness.measure.process import ContenderFailed, Spec
 from harness.measure.workload import TokenRequest
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")

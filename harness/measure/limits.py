@@ -47,8 +47,8 @@ class Limit:
     def describe(self, model: ModelBytes) -> str:
         """The sum, in one line."""
         return (
-            f"{self.name} limit {format_bytes(self.total_bytes)}: process {format_bytes(self.process_bytes)} (measured) "
-            f"+ dense {format_bytes(model.dense_bytes)} + {self.num_slots} of {model.num_experts} experts "
+            f"{self.name} limit {format_bytes(self.total_bytes)}: process {format_bytes(self.process_bytes)} (measured)"
+            f" + dense {format_bytes(model.dense_bytes)} + {self.num_slots} of {model.num_experts} experts "
             f"{format_bytes(self.num_slots * model.slot_bytes)} + margin {format_bytes(self._margin(model))}"
         )
 
@@ -57,7 +57,7 @@ class Limit:
 
 
 def make_limit(wanted: str | int, model: ModelBytes, process_bytes: int, tight_slots: int) -> Limit:
-    """`tight`: dense weights, `tight_slots` slots and the process; `half`: half the model's bytes and the process; or bytes.
+    """`tight`: dense weights, `tight_slots` slots and the process; `half`: half the model and the process; or bytes.
 
     Raises:
         BudgetError: not even one slot fits.
@@ -69,7 +69,9 @@ def make_limit(wanted: str | int, model: ModelBytes, process_bytes: int, tight_s
     free = total - process_bytes - model.dense_bytes - MARGIN_BYTES
     if free < model.slot_bytes:
         least = total - free + model.slot_bytes
-        raise BudgetError(f"a limit of {format_bytes(total)} leaves no room for one expert; --limit {least} or more does")
+        raise BudgetError(
+            f"a limit of {format_bytes(total)} leaves no room for one expert; --limit {least} or more does"
+        )
     return Limit(str(wanted), total, process_bytes, min(free // model.slot_bytes, model.num_experts))
 
 

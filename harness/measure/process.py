@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.measure.cgroup import MemoryCgroup, memory_cgroup
+from runtime.errors import ExpertFlowError
 
 Kind = Literal["engine", "reference", "resident", "accelerate_experts", "accelerate_layers"]
 
@@ -23,8 +24,8 @@ LOAD_TIMEOUT_S = 600.0
 _ROOT = Path(__file__).parents[2]
 
 
-class ContenderFailed(Exception):
-    """A contender did not load or did not answer; the message says why, `out_of_memory` whether memory was the reason."""
+class ContenderFailed(ExpertFlowError):
+    """A contender did not load or answer; the message says why, `out_of_memory` whether memory was the reason."""
 
     def __init__(self, reason: str, *, out_of_memory: bool) -> None:
         super().__init__(reason)

@@ -162,7 +162,8 @@ class _Decoder:
             padding = {"attention_mask": self._mask.to(device), "position_ids": positions.to(device)}
         output = self._model(ids.to(device), past_key_values=self._cache, **padding, **self._options)
         self._cache = output.past_key_values  # a DynamicCache, or what the architecture needs
-        return output.logits[:, -1].argmax(-1)
+        predicted: torch.Tensor = output.logits[:, -1].argmax(-1)
+        return predicted
 
 
 @torch.inference_mode()

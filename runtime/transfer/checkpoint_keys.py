@@ -6,10 +6,9 @@ import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -20,6 +19,9 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -44,6 +46,13 @@ class Origin:
         if self.converter is None:
             return True
         return self.num_targets == 1 and all(_keeps_bytes(op) for op in self.converter.operations)
+
+    @property
+    def missing(self) -> list[str]:
+        """Source patterns of a concatenation for which nothing was found."""
+        if self.converter is None or not self.is_concatenation():
+            return []
+        return [pattern for pattern in self.converter.source_patterns if pattern not in self.sources]
 
     def patterns(self) -> list[str]:
         """The source patterns that were found, in the order in which the converter concatenates them."""

@@ -63,8 +63,12 @@ class Segment(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A tensor that a conversion starts from: where its bytes lie and how to see them. One expert's part."""
+    """One expert's part of a checkpoint tensor: where its bytes lie and how to see them.
 
+    `pattern` is the source pattern of the converter that matched the tensor's name, or the name.
+    """
+
+    name: str
     pattern: str
     file: int
     offset: int

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from runtime.errors import CheckpointError
 from runtime.transfer.checkpoint_keys import Origin, convert, find_origins
 from runtime.transfer.layout import ExpertLayer, ExpertParameter, Part, Source
 from runtime.transfer.safetensors_index import TensorEntry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _WAY_OUT = "download it again, or check that the configuration belongs to it"
 
@@ -34,6 +37,9 @@ class PartFinder:
     ) -> None:
         self._model, self._index = model, index
         self._shapes = {f"{layer.prefix}.{p.name}": (1, *p.shape) for layer in layers for p in layer.parameters}
+        # A parameter that is tied to another is stored once, under the other's name.
+        self._tied = {name: other for name, other in model.all_tied_weights_keys.items() if name in self._shapes}
+        self._shapes |= {other: self._shapes[name] for name, other in self._tied.items()}
         self._origins = find_origins(model, index, self._shapes)
         self._file_numbers = {file: number for number, file in enumerate(files)}
         self._folder = files[0].parent if files else Path()
@@ -45,9 +51,13 @@ class PartFinder:
 
     def _parts_of(self, layer: ExpertLayer, parameter: ExpertParameter) -> list[Part]:
         name = f"{layer.prefix}.{parameter.name}"
+        if name not in self._origins:
+            name = self._tied.get(name, name)
         origin = self._origins.get(name)
         if origin is None:
             raise CheckpointError(f"{self._folder}: no tensor for the experts {name!r}; {_WAY_OUT}")
+        if origin.missing:
+            raise CheckpointError(f"{self._folder}: no tensor like {origin.missing[0]!r} for {name!r}; {_WAY_OUT}")
         by_pattern = [self._split(origin, pattern, layer) for pattern in origin.patterns()]
         experts = [tuple(chain.from_iterable(sources)) for sources in zip(*by_pattern, strict=True)]
         run = partial(self._convert, origin, name, parameter.dtype, tuple(source.pattern for source in experts[0]))
@@ -101,7 +111,9 @@ class PartFinder:
                 f"{entry.file}: expert tensor {entry.name!r} is not of a floating-point dtype that torch has; "
                 "use the checkpoint in bfloat16, float16 or float32"
             )
-        return Source(pattern, self._file_numbers[entry.file], entry.offset + start, num_bytes, shape, entry.dtype)
+        return Source(
+            entry.name, pattern, self._file_numbers[entry.file], entry.offset + start, num_bytes, shape, entry.dtype
+        )
 
     def _is_raw(self, origin: Origin, parameter: ExpertParameter, sources: Sequence[Source]) -> bool:
         if not origin.is_concatenation() or any(source.dtype != parameter.dtype for source in sources):
@@ -109,27 +121,24 @@ class PartFinder:
         shapes = [source.shape[len(source.shape) - len(parameter.shape) :] for source in sources]
         if len(shapes) == 1:
             return shapes[0] == parameter.shape
-        rows = sum(shape[0] for shape in shapes)
-        return rows == parameter.shape[0] and all(shape[1:] == parameter.shape[1:] for shape in shapes)
+        if any(len(shape) != len(parameter.shape) or shape[1:] != parameter.shape[1:] for shape in shapes):
+            return False
+        return sum(shape[0] for shape in shapes) == parameter.shape[0]
 
     def _check_conversion(self, part: Part, name: str) -> None:
         """Try the conversion of one expert without data, so that weights of another shape are refused now."""
         tensors = [torch.empty(source.shape, dtype=source.dtype, device="meta") for source in part.sources]
-        wanted = part.parameter.shape
+        what = f"{self._folder}: {name!r} cannot be made of {', '.join(source.name for source in part.sources)}"
         try:
             shape = tuple(part.convert(tensors).shape)
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
-            raise CheckpointError(
-                f"{self._folder}: {name!r} cannot be made of its tensors ({error}); {_WAY_OUT}"
-            ) from error
+            raise CheckpointError(f"{what} ({error}); {_WAY_OUT}") from error
+        wanted = part.parameter.shape
         if shape not in (wanted, (1, *wanted)):
+            found = list(shape[len(shape) - len(wanted) :])
             raise CheckpointError(
-                f"{self._folder}: one expert of {name!r} has shape {list(shape)} in the checkpoint "
-                f"(from {', '.join(self._names(name))}) and {list(wanted)} in the model; {_WAY_OUT}"
+                f"{what}: that gives one expert the shape {found} instead of {list(wanted)}; {_WAY_OUT}"
             )
-
-    def _names(self, name: str) -> list[str]:
-        return [keys[0] for keys in self._origins[name].sources.values()]
 
 
 def _what_is_missing(entries: Sequence[TensorEntry], num_wanted: int, layer: ExpertLayer) -> str:

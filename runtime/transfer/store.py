@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from runtime.transfer.layout import PAGE_BYTES, ExpertLayer, ExpertParameter, Recipe, align, lay_out
 from runtime.transfer.safetensors_index import read_index
 from runtime.transfer.slots import TensorPlace
 from runtime.transfer.sources import PartFinder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["ExpertLayer", "ExpertParameter", "ExpertStore"]
 

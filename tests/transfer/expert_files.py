@@ -25,7 +25,7 @@ def plain_store(file: Path, num_experts: int, num_bytes: int, first_byte: int = 
     recipes, places, slot_bytes = {}, {}, 0
     parameter = ExpertParameter("w", (num_bytes,), torch.uint8)
     for expert in range(num_experts):
-        source = Source("w", 0, first_byte + expert * num_bytes, num_bytes, (num_bytes,), torch.uint8)
+        source = Source("w", "w", 0, first_byte + expert * num_bytes, num_bytes, (num_bytes,), torch.uint8)
         recipes[expert], places[expert], end = lay_out([Part(parameter, (source,), True, lambda tensors: tensors[0])])
         slot_bytes = max(slot_bytes, align(end, 4096))
     return ExpertStore((file,), ("experts",), EXPERTS_PER_LAYER, num_bytes, slot_bytes, recipes, places)
