@@ -42,7 +42,7 @@ class Family(Row):
         model = model_class.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=dtype)
         # Without this record of how it was loaded, `save_pretrained` writes the hub layout, as for any new model.
         del model._weight_conversions
-        return realign(model).eval()
+        return realign(model.eval())
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and the extra inputs, int64 `[2, 9]`; no padding and no special token."""
@@ -73,7 +73,9 @@ def _build_config(family: str, config: Config) -> PreTrainedConfig:
     config_class = getattr(module, config.cls, None) or getattr(transformers, config.cls)
     fields = inspect.signature(config_class).parameters
     values = {name: value for name, value in SMALL.items() if name in fields} | deepcopy(config.overrides)
-    return config_class(**{k: _build_config(family, v) if isinstance(v, Config) else v for k, v in values.items()})
+    values = {k: _build_config(family, v) if isinstance(v, Config) else v for k, v in values.items()}
+    built: PreTrainedConfig = config_class(**values)
+    return built
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, UNSUPPORTED, Family, decorated_families, is_decorated, realign
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,13 +41,14 @@ def test_the_table_covers_every_decorated_family() -> None:
 
 
 def test_representatives_differ_in_every_structural_flag() -> None:
+    if "muse_spark" not in decorated_families():
+        pytest.skip("this transformers has no family with a norm inside its experts yet")
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
     seen = defaultdict(set)
-    for family in FAMILIES:
-        if family.representative:
-            experts = next(filter(is_decorated, _model(family).modules()))
-            for flag in flags:
-                seen[flag].add(getattr(experts, flag))
+    for family in filter(lambda family: family.representative, FAMILIES):
+        experts = next(filter(is_decorated, _model(family).modules()))
+        for flag in flags:
+            seen[flag].add(getattr(experts, flag))
     assert all(seen[flag] == {False, True} for flag in flags), dict(seen)
 
 
@@ -92,6 +95,8 @@ def test_every_layer_of_experts_counts(family: Family) -> None:
 def test_reloads_exactly(family: Family, layout: str, tmp_path: Path) -> None:
     if layout not in family.layouts:
         pytest.skip(f"transformers does not reload {family.name} from the {layout} layout")
+    if family.name == "deepseek_v4" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("does not run in bfloat16 in transformers 5.17")
     model = _model(family, torch.bfloat16)
     model.save_pretrained(tmp_path, save_original_format=layout == "hub")
     loaded, info = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)

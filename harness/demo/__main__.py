@@ -1,4 +1,4 @@
-"""CLI: `python -m harness.demo --expert-bytes 6MiB` widens the demo model (or any bf16 Qwen3-MoE) to a size worth offloading."""
+"""CLI: `python -m harness.demo --expert-bytes 6MiB` widens the demo model (or any bf16 Qwen3-MoE) to any size."""
 
 from __future__ import annotations
 

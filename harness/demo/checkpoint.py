@@ -1,4 +1,4 @@
-"""Safetensors checkpoints of the Qwen3-MoE shape: read by name and by expert, write in shards with aligned data, streaming."""
+"""Safetensors checkpoints of the Qwen3-MoE shape: read by name and by expert, write shards with aligned data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A bf16 tensor to be written: its parts, made when their turn comes, are its rows in order. A group stays in one shard."""
+    """A bf16 tensor to be written. `parts` makes its rows in order, when needed; a group stays in one shard."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class TensorSpec:
 
 
 class Checkpoint:
-    """A checkpoint folder, memory-mapped. Raises CheckpointError for a folder that is not one or has a missing or broken file."""
+    """A checkpoint folder, memory-mapped. Raises CheckpointError where a file is missing or broken."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -122,7 +122,7 @@ def plan_shards(specs: Iterable[TensorSpec], shard_bytes: int) -> list[list[Tens
 
 
 def header(specs: list[TensorSpec]) -> bytes:
-    """Length and JSON of a safetensors header, padded with spaces (the format allows it) so that data starts on a page."""
+    """Length and JSON of a safetensors header, padded with spaces (the format allows it): data starts on a page."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for spec in specs:
@@ -144,7 +144,7 @@ def _write_shard(path: Path, specs: list[TensorSpec]) -> None:
 
 
 def write_shards(specs: list[TensorSpec], folder: Path, shard_bytes: int) -> None:
-    """One file, or numbered shards with the index that transformers reads; one part of one tensor is in memory at a time."""
+    """One file, or numbered shards and their index; one part of one tensor is in memory at a time."""
     shards = plan_shards(specs, shard_bytes)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:

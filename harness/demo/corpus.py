@@ -1,7 +1,8 @@
-"""The demo model's training text: seven kinds from Debian packages, CPython's library and GSM8K, deduplicated and split.
+"""The demo model's training text: seven kinds from Debian packages, CPython's library and GSM8K.
 
-Every document keeps its kind (the "task" label that schedulers and eMoE need). Near-duplicates are dropped before the split, and the
-split is by source, so that no held-out text has a sibling in training. `python -m harness.demo.corpus --root DIR` prints the sizes.
+Every document keeps its kind (the "task" label that schedulers and eMoE need). Near-duplicates are dropped before the
+split, and the split is by source, so that no held-out text has a sibling in training.
+`python -m harness.demo.corpus --root DIR` prints the sizes.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out documents; no source is in both, and held-out text shares < 5 % of its 13-grams with training."""
+    """Training and held-out documents: no source in both, and < 5 % of a held-out document's 13-grams in training."""
 
     train: list[Document]
     held_out: list[Document]
@@ -76,7 +77,7 @@ def _strip_markup(markup: str) -> str:
 
 
 def _sword_chapters(index: Path) -> Iterator[tuple[str, str]]:
-    """(book, text) per chapter of a SWORD compressed module: 12-byte index records (offset, size, raw size), zlib blocks."""
+    """(book, text) per chapter of a SWORD module: 12-byte index records (offset, size, raw size) and zlib blocks."""
     blocks = index.with_suffix(index.suffix[:-1] + "z").read_bytes()
     for offset, size, _ in struct.iter_unpack("<III", index.read_bytes()):
         block = zlib.decompress(blocks[offset : offset + size]).decode("utf-8", "ignore") if size else ""
@@ -205,7 +206,7 @@ def shingles(text: str, width: int) -> np.ndarray:
 
 
 def drop_near_duplicates(documents: Iterable[Document], width: int = 8, sample: int = 8) -> list[Document]:
-    """Documents in order, without those that share > 30 % of their word 8-grams (one in `sample` is looked at) with kept ones."""
+    """Documents in order, less those that share > 30 % of their 8-grams (one in `sample` is seen) with kept ones."""
     seen: set[int] = set()
     kept: list[Document] = []
     for document in documents:
@@ -267,7 +268,7 @@ def collect(kind: str, root: Path) -> list[Document]:
 
 
 def build(root: Path) -> Corpus:
-    """The whole corpus from packages unpacked or installed under `root`. Raises CorpusError naming a missing package."""
+    """The whole corpus, from packages unpacked or installed under `root`. Raises CorpusError naming a missing one."""
     return split(document for kind in KINDS for document in collect(kind, root))
 
 

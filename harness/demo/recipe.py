@@ -1,4 +1,4 @@
-"""The demo model's recipe: shape, schedule, initialisation and losses. Everything that decides the result, and nothing that runs."""
+"""The demo model's recipe: shape, schedule, initialisation and losses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Stage:
 class Recipe:
     """Everything that decides the result. Token counts assume `processes` data-parallel processes."""
 
-    stages: tuple[Stage, ...] = (Stage(1930, 8, 256), Stage(640, 1, 2048))
+    stages: tuple[Stage, ...] = (Stage(2170, 8, 256), Stage(300, 1, 2048))
     processes: int = 2
     seed: int = 0
     learning_rate: float = 3e-3
@@ -110,7 +110,11 @@ def build_model(recipe: Recipe) -> Qwen3MoeForCausalLM:
 
 
 def routing_losses(router_logits: tuple[torch.Tensor, ...], top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(balance, z): mean over layers of E * sum_e f_e P_e (Switch Transformer eq. 4, per layer) and of logsumexp^2 (ST-MoE eq. 5)."""
+    """(balance, z), means over layers: E * sum_e f_e P_e (Switch Transformer, eq. 4), logsumexp^2 (ST-MoE, eq. 5).
+
+    `router_logits` is one [tokens, experts] per layer. Balancing the average over layers, as
+    transformers does, lets one layer's collapse hide behind another's.
+    """
     balance, z_loss = [], []
     for logits in router_logits:
         experts = logits.shape[-1]

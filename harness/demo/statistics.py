@@ -1,7 +1,7 @@
 """Routing statistics of a Qwen3-MoE model on labelled text, against the same model untrained.
 
-`python -m harness.demo.statistics` prints the table of the model card. Hit rates are in it to show that an untrained model flatters
-every cache; that routing is learned is shown by the loss, the gate lookahead and the information between experts and kinds.
+`python -m harness.demo.statistics` prints the table of the model card. Hit rates are in it to show that an untrained
+model flatters every cache; that routing is learned is shown by the loss, the lookahead and the expert-kind information.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the routers did on one passage: experts int64 [layers, tokens, top_k] and what the lookahead saw one layer earlier."""
+    """Routes of one passage: experts int64 [layers, tokens, top_k], and the lookahead's guess a layer earlier."""
 
     task: str
     experts: np.ndarray
@@ -58,9 +58,9 @@ def load_passages(model: Path, per_task: int, max_tokens: int, path: Path = HELD
 
 @torch.no_grad()
 def observe(model: Qwen3MoeForCausalLM, passage: Passage) -> Routing:
-    """Run one passage; `lookahead` [layers - 1, tokens, 2 top_k] ranks layer l + 1's experts by its router on layer l's input.
+    """Run one passage; `lookahead` [layers - 1, tokens, 2 top_k] is layer l + 1's router applied to layer l's input.
 
-    The input of layer l's router is norm-corrected: divided by that layer's norm weight and multiplied by the next one's.
+    That input is norm-corrected: divided by its own layer's norm weight and multiplied by the next one's.
     """
     inputs: list[torch.Tensor] = []
     layers = model.model.layers
@@ -92,11 +92,13 @@ def lookahead_recall(routings: list[Routing], multiple: int = 1) -> float:
 
 
 def linear_recall(routings: list[Routing], num_experts: int, multiple: int = 1) -> float:
-    """recall@(multiple * k) of the next layer from this layer's expert ids: least squares, fitted on even passages, tested on odd."""
+    """recall@(multiple * k) of the next layer from this one's ids: least squares on even passages, tested on odd."""
     top_k = routings[0].experts.shape[-1]
     results = []
     for layer in range(routings[0].experts.shape[0] - 1):
-        halves = [np.concatenate([routing.experts[layer : layer + 2] for routing in routings[part::2]], 1) for part in (0, 1)]
+        halves = [
+            np.concatenate([routing.experts[layer : layer + 2] for routing in routings[part::2]], 1) for part in (0, 1)
+        ]
         fit, test = (multi_hot(half, num_experts) for half in halves)
         weights = np.linalg.lstsq(fit[0], fit[1], rcond=None)[0]
         predicted = np.argsort(-(test[0] @ weights), axis=-1)[:, : multiple * top_k]
@@ -167,7 +169,9 @@ def hit_rate(steps: Iterable[Iterable[int]], slots: int, policy: str) -> float:
 
 def _hit_rates(routings: list[Routing], slots: int) -> list[float]:
     together = np.concatenate([routing.experts for routing in routings], axis=1)
-    return [float(np.mean([hit_rate(layer, slots, policy) for layer in together])) for policy in ("lru", "lfu", "belady")]
+    return [
+        float(np.mean([hit_rate(layer, slots, policy) for layer in together])) for policy in ("lru", "lfu", "belady")
+    ]
 
 
 def table(model: Qwen3MoeForCausalLM, passages: list[Passage]) -> dict[str, str]:
@@ -182,9 +186,13 @@ def table(model: Qwen3MoeForCausalLM, passages: list[Passage]) -> dict[str, str]
         "gini of expert use: all text / within a passage": pair(gini(overall), gini(within)),
         "P(expert reused) at t+1 / t+8": pair(reuse(routings, 1), reuse(routings, 8)),
         "the same by chance": f"{chance_reuse(overall, top_k):.2f}",
-        "hit rate at 25 %: LRU / LFU / Belady, per layer": " / ".join(f"{v:.2f}" for v in _hit_rates(routings, experts // 4)),
+        "hit rate at 25 %: LRU / LFU / Belady, per layer": " / ".join(
+            f"{v:.2f}" for v in _hit_rates(routings, experts // 4)
+        ),
         "hit rate at 50 %": " / ".join(f"{value:.2f}" for value in _hit_rates(routings, experts // 2)),
-        "recall of the next layer from ids, @k / @2k (linear)": pair(*(linear_recall(routings, experts, n) for n in (1, 2))),
+        "recall of the next layer from ids, @k / @2k (linear)": pair(
+            *(linear_recall(routings, experts, n) for n in (1, 2))
+        ),
         "gate lookahead one layer, @k / @2k": pair(*(lookahead_recall(routings, n) for n in (1, 2))),
         "mutual information expert-kind, bits": f"{domain_information(routings, experts):.2f}",
     }

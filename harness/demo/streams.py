@@ -1,4 +1,4 @@
-"""Token streams of the demo corpus: tokenizer, one stream per kind and side, training batches, and the held-out passages."""
+"""Token streams of the demo corpus: tokenizer, a stream per kind and side, training batches, held-out passages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.demo.recipe import KIND_WEIGHTS, MODEL, Stage
 END_OF_TEXT = "<|endoftext|>"
 PASSAGES = 16
 MIN_PASSAGES = 10
-SHORT_TOKENS, LONG_TOKENS = 1_210, 2_220
+SHORT_TOKENS, LONG_TOKENS, MAX_TOKENS = 1_210, 2_220, 4_000
 
 
 class Streams:
@@ -107,11 +107,11 @@ def _recut(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Iterator[str
 def held_out_passages(tokenizer: PreTrainedTokenizerFast, documents: list[text.Document]) -> Iterator[dict[str, str]]:
     """Workload rows {id, task, text}: up to PASSAGES held-out documents a kind, each of SHORT_TOKENS at least.
 
-    A kind with fewer than MIN_PASSAGES such documents (german, whose documents are lists of messages) has its lines cut anew.
+    A kind with fewer than MIN_PASSAGES such documents (german: lists of messages) has its lines cut anew.
     """
     for kind in text.KINDS:
         texts = [document.text for document in documents if document.kind == kind]
-        passages = [item for item in texts if len(tokenizer(item)["input_ids"]) >= SHORT_TOKENS]
+        passages = [item for item in texts if SHORT_TOKENS <= len(tokenizer(item)["input_ids"]) <= MAX_TOKENS]
         if len(passages) < MIN_PASSAGES:
             passages = list(_recut(tokenizer, texts))
         for number, passage in enumerate(passages[:PASSAGES]):

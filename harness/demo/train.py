@@ -1,7 +1,7 @@
 """Train the demo model: `python -m harness.demo.train --out DIR [--root DEBIAN_ROOT]`.
 
-Data-parallel over processes of one thread each (threads scale badly at these sizes). Batches are a pure function of (seed, step,
-rank) and checkpoints hold the optimiser, so a run that was stopped resumes exactly: give the same command again.
+Data-parallel over processes of one thread each (threads scale badly at these sizes). Batches are a pure function of
+(seed, step, rank) and checkpoints hold the optimiser, so a stopped run resumes exactly: give the same command again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import os
-import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -64,6 +63,7 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
         self.curve: list[dict[str, float]] = []
+        self.recent: list[float] = []
         self.first_step = 0
         self._resume()
 
@@ -79,7 +79,7 @@ class Trainer:
             raise ExpertFlowError(f"{self.checkpoint} was made with another recipe: remove it, or choose another --out")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.curve, self.first_step = state["curve"], state["step"]
+        self.curve, self.recent, self.first_step = state["curve"], state.get("recent", []), state["step"]
 
     def save(self, step: int) -> None:
         """Checkpoint and loss_curve.csv, each replaced in one rename."""
@@ -88,6 +88,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "curve": self.curve,
+            "recent": self.recent,
             "step": step,
         }
         temporary = self.checkpoint.with_suffix(".tmp")
@@ -110,25 +111,31 @@ class Trainer:
         self.optimizer.zero_grad()
         return loss.item()
 
-    def _record(self, step: int, train_loss: float) -> None:
+    def _record(self, step: int) -> None:
         sequence = self.recipe.stage(step - 1).sequence
         held_out = evaluate(self.model, self.streams, min(sequence, 1024))
-        point = {"step": step, "tokens": self.recipe.tokens_at(step), "sequence": sequence, "train": train_loss}
+        train = float(np.mean(self.recent))
+        point = {"step": step, "tokens": self.recipe.tokens_at(step), "sequence": sequence, "train": train}
         self.curve.append(point | held_out)
 
-    def run(self, stop_after: int | None = None) -> None:
-        """Train from the checkpoint's step to the end, or for `stop_after` steps."""
-        last = self.recipe.num_steps if stop_after is None else min(self.first_step + stop_after, self.recipe.num_steps)
-        progress = tqdm(range(self.first_step, last), initial=self.first_step, total=self.recipe.num_steps,
-                        disable=self.rank > 0, unit="step", mininterval=5, file=sys.stderr)  # fmt: skip
-        recent: list[float] = []
+    def run(self) -> None:
+        """Train from the checkpoint's step to the end."""
+        last = self.recipe.num_steps
+        progress = tqdm(
+            range(self.first_step, last),
+            initial=self.first_step,
+            total=last,
+            disable=self.rank > 0,
+            unit="step",
+            mininterval=5,
+        )
         for step in progress:
-            recent = [*recent[-49:], self.step(step)]
-            progress.set_postfix(loss=f"{np.mean(recent):.3f}", refresh=False)
-            done, due = step + 1, step + 1 == last
-            if self.rank == 0 and (due or done % self.recipe.evaluate_every == 0):
-                self._record(done, float(np.mean(recent)))
-            if self.rank == 0 and (due or done % self.recipe.checkpoint_every == 0):
+            self.recent = [*self.recent[-49:], self.step(step)]
+            progress.set_postfix(loss=f"{np.mean(self.recent):.3f}", refresh=False)
+            done = step + 1
+            if self.rank == 0 and (done == last or done % self.recipe.evaluate_every == 0):
+                self._record(done)
+            if self.rank == 0 and (done == last or done % self.recipe.checkpoint_every == 0):
                 self.save(done)
 
 
@@ -142,7 +149,7 @@ def write_curve(curve: list[dict[str, float]], path: Path) -> None:
 
 
 def export(out: Path) -> None:
-    """Write OUT/model (bf16, loaded by plain transformers) and OUT/heldout.jsonl from the last checkpoint; see the README."""
+    """Write OUT/model (bf16, for plain transformers) and OUT/heldout.jsonl from the last checkpoint."""
     target = out / "model"
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     recipe = json.loads(state["recipe"])
@@ -153,6 +160,7 @@ def export(out: Path) -> None:
     model.save_pretrained(target)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     tokenizer.save_pretrained(target)
+    os.chmod(target / "model.safetensors", 0o644)
     lines = (out / "streams" / "held_out.jsonl").read_text("utf-8").splitlines()
     rows = held_out_passages(tokenizer, [Document(**json.loads(line)) for line in lines])
     write_atomic(out / "heldout.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

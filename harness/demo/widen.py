@@ -1,8 +1,9 @@
 """Widen a Qwen3-MoE checkpoint to any expert and hidden width without changing what it computes.
 
-An expert's intermediate unit repeated r times, its `down_proj` columns divided by r, adds up to the unit itself. The hidden size is
-widened by repeating every hidden unit R times: RMSNorm is invariant, and every weight that reads the hidden state is divided by R.
-All divisors are powers of two, so bf16 weights stay exact and the function changes by summation order only.
+An expert's intermediate unit repeated r times, its `down_proj` columns divided by r, adds up to the unit itself. The
+hidden size is widened by repeating every hidden unit R times: RMSNorm is invariant, and every weight that reads the
+hidden state is divided by R. All divisors are powers of two, so bf16 weights stay exact and the function changes by
+summation order only.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LAYOUTS = ("hub", "fused")
 
 @dataclass(frozen=True)
 class Shape:
-    """The widths of a widened model, and the repeats that give them: R for hidden units, one r per intermediate unit."""
+    """Widths of a widened model and the repeats that give them: one R for hidden units, an r per intermediate unit."""
 
     hidden_size: int
     intermediate_size: int
@@ -89,16 +90,14 @@ def choose_shape(
 
 
 def _wide_input(weight: torch.Tensor, repeat: int) -> torch.Tensor:
-    """[out, hidden] -> [out, hidden * repeat], divided by `repeat`: the product with a repeated hidden state is unchanged."""
+    """[out, hidden] -> [out, hidden * repeat] / repeat: its product with a repeated hidden state is unchanged."""
     return weight.repeat_interleave(repeat, dim=1) / repeat
 
 
 def widen_dense(name: str, tensor: torch.Tensor, repeat: int, tied: bool) -> torch.Tensor:
     """A tensor outside the experts, by its role: reads the hidden state, writes it, scales it, or does not touch it."""
     if name.endswith("model.norm.weight") and tied:
-        return (
-            tensor.repeat_interleave(repeat) / repeat
-        )  # the tied embedding cannot be divided: it also writes the hidden state
+        return tensor.repeat_interleave(repeat) / repeat  # the tied embedding also writes the state
     if name.endswith(("layernorm.weight", "model.norm.weight", "o_proj.bias")):
         return tensor.repeat_interleave(repeat)
     if name.endswith(("q_norm.weight", "k_norm.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias")):
@@ -183,14 +182,11 @@ def _write_folder(source: Checkpoint, folder: Path, shape: Shape, shard_bytes: i
     config = dict(source.config, hidden_size=shape.hidden_size, moe_intermediate_size=shape.intermediate_size)
     config.setdefault("head_dim", source.config["hidden_size"] // source.config["num_attention_heads"])
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    kept = {path.name for path in folder.iterdir()}
     for path in source.folder.iterdir():
-        if (
-            path.is_file()
-            and path.suffix in {".json", ".jinja", ".txt", ".model"}
-            and not (folder / path.name).exists()
-        ):
-            if not path.name.endswith(".index.json"):
-                shutil.copy(path, folder)
+        is_text = path.suffix in {".json", ".jinja", ".model", ".txt"} and not path.name.endswith(".index.json")
+        if is_text and path.name not in kept:
+            shutil.copy(path, folder)
 
 
 def widen(
@@ -204,10 +200,10 @@ def widen(
 ) -> Path:
     """Write `source` (bf16 Qwen3-MoE folder, hub or fused layout) widened to `out` and return `out`.
 
-    `expert_bytes` is an upper limit: the expert is the nearest whole number of pages that the widths can make. `layout` "hub" stores
-    one tensor per expert and matrix, "fused" one per layer. The folder is built beside `out` and renamed when it is whole. Raises
-    BudgetError (size not reachable, disk full), UnsupportedModelError (not Qwen3-MoE or not bf16), CheckpointError, ExpertFlowError
-    (`out` exists).
+    `expert_bytes` is an upper limit: the expert is the nearest whole number of pages that the widths can make. `layout`
+    "hub" stores one tensor per expert and matrix, "fused" one per layer. The folder is built beside `out` and renamed
+    when it is whole. Raises BudgetError (size not reachable, disk full), UnsupportedModelError (not Qwen3-MoE, not
+    bf16), CheckpointError, ExpertFlowError (`out` exists).
     """
     if layout not in LAYOUTS:
         raise ExpertFlowError(f"layout {layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
@@ -257,7 +253,7 @@ def widened(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     layout: str = "hub",
 ) -> Path:
-    """The bundled model widened to `expert_bytes`, made once and kept in the cache folder under a name that holds its digest."""
+    """The bundled model widened to `expert_bytes`, made once and kept in the cache under its digest."""
     source = bundled_model()
     checkpoint = Checkpoint(source)
     shape = choose_shape(checkpoint.hidden_size, checkpoint.intermediate_size, expert_bytes, hidden_size)

@@ -1,7 +1,7 @@
-"""Disk → RAM bandwidth as a curve over read sizes, on the model's own files, and through the engine's own transfer.
+"""Disk → RAM bandwidth as a curve over read sizes, on the model's own files, and through the engine's transfer.
 
-Reads go to random offsets. Buffered reads are preceded by dropping those pages from the page cache. A series (one number of
-threads, one way of reading) is fitted by t = a + bytes / B, Theil-Sen over its points.
+Reads go to random offsets. Buffered reads are preceded by dropping the file from the page cache. A series (one number
+of threads, one way of reading) is fitted by t = a + bytes / B, Theil-Sen over its points.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """The curve of one number of threads and one way of reading. The fit is None where the points do not rise."""
+    """The curve of one number of threads and one way of reading.
+
+    The asymptote is that of all threads together; the fit is None where the points do not rise.
+    """
 
     threads: int
     direct: bool
@@ -45,14 +48,10 @@ class Series:
     latency_s: float | None
     asymptote_bytes_per_s: float | None
 
-    def at(self, num_bytes: int) -> float:
-        """Bytes per second at the measured size nearest to `num_bytes`."""
-        return min(self.points, key=lambda point: abs(point.num_bytes - num_bytes)).bytes_per_s
-
 
 @dataclass(frozen=True)
 class Curve:
-    """All series of a probe; `expert_bytes` is the size that matters, `engine_bytes_per_s` that of the engine's transfer."""
+    """All series of a probe; `engine_bytes_per_s` is through the engine's own transfer, at `expert_bytes`."""
 
     expert_bytes: int
     series: tuple[Series, ...]
@@ -84,7 +83,9 @@ def measure_curve(
     for direct in ways:
         for threads in THREADS:
             points = tuple(_measure(files, size, threads, direct, point_s, draw.random()) for size in sizes)
-            series.append(Series(threads, direct, points, *fit([(p.num_bytes, p.read_s) for p in points])))
+            latency_s, slope_bytes_per_s = fit([(point.num_bytes, point.read_s) for point in points])
+            asymptote = None if slope_bytes_per_s is None else threads * slope_bytes_per_s
+            series.append(Series(threads, direct, points, latency_s, asymptote))
     return Curve(expert_bytes, tuple(series), engine_bytes_per_s)
 
 

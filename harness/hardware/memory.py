@@ -29,7 +29,7 @@ class MemoryModel:
 
     @classmethod
     def of(cls, facts: ModelFacts, *, process_bytes: int, context: int) -> MemoryModel:
-        """The model for a checkpoint.
+        """The sum that `runtime.build` makes on loading, for a process that is yet to start.
 
         Args:
             facts: `runtime.build.describe`.
@@ -38,8 +38,7 @@ class MemoryModel:
         """
         from runtime.build import BUFFER_BYTES
 
-        dtype_bytes = {"float32": 4}.get(facts.identity.dtype, 2)
-        kv_bytes = machine.kv_cache_bytes(facts.config, context, batch=1, dtype_bytes=dtype_bytes)
+        kv_bytes = machine.kv_cache_bytes(facts.config, context, batch=1, dtype_bytes=facts.dtype.itemsize)
         return cls(facts.num_experts_total, facts.slot_bytes, facts.dense_bytes, process_bytes + BUFFER_BYTES, kv_bytes)
 
     def predict(self, num_slots: int, group: int) -> MemorySum:

@@ -1,4 +1,4 @@
-"""What NVIDIA's management library says about the GPUs. Every read is optional: a value, or the reason why there is none.
+"""What NVIDIA's management library says about the GPUs. Every read is optional: a value, or why there is none.
 
 The only importer of `pynvml` (distribution `nvidia-ml-py`), inside a function: a machine without it is measured too.
 """

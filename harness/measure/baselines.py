@@ -54,6 +54,12 @@ def disk_device_map(model: nn.Module, on_disk: Collection[str]) -> dict[str, str
     return dict(visit("", model))
 
 
+def own_weights(model: nn.Module) -> None:
+    """Copy every weight into memory of its own: as loaded, some are views of a mapped checkpoint, whose pages then stay."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
 def load_plain(model: str, implementation: str | None) -> Any:
     """The whole model in memory, as transformers loads it; `implementation` None is its default for experts."""
     options = {} if implementation is None else {"experts_implementation": implementation}

@@ -106,9 +106,10 @@ class ReferenceContender(Contender):
     """The resident model through our kernels: what ours must equal, and the record of what every layer demanded."""
 
     def __init__(self, engine: Engine) -> None:
-        from harness.measure.baselines import experts_modules
+        from harness.measure.baselines import experts_modules, own_weights
 
         super().__init__(engine.model)
+        own_weights(engine.model)
         self._chosen: list[tuple[int, Any]] = []
         for layer, module in enumerate(experts_modules(engine.model).values()):
             self._num_experts = int(module.num_experts)  # type: ignore[arg-type]
@@ -149,7 +150,9 @@ def build(spec: JsonDict) -> Contender:
     from harness.measure import baselines
 
     if kind == "resident":
-        return Contender(baselines.load_plain(model, spec["implementation"]))
+        loaded = baselines.load_plain(model, spec["implementation"])
+        baselines.own_weights(loaded)
+        return Contender(loaded)
     from runtime.model import meta_model
 
     return Contender(

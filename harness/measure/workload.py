@@ -103,7 +103,7 @@ def cut(
     for passages in _by_task(workload, part).values():
         pieces = []
         for passage in passages:
-            ids = tokenizer(passage.text, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(passage.text, add_special_tokens=False, verbose=False)["input_ids"]
             total += len(ids)
             pieces.append(list(_pieces(passage, ids, prompt_tokens, length)))
         rounds.append([list(turn) for turn in _turns(pieces)])

@@ -62,6 +62,16 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Record:
+    """One finished trial. `reused` marks a duplicate that was told what was known and not run."""
+
+    number: int
+    params: Params
+    outcome: Outcome
+    reused: bool
+
+
+@dataclass(frozen=True)
 class Tried:
     """One configuration and its runs that went well (at least one); medians are pooled over them."""
 

@@ -1,4 +1,4 @@
-"""The search space: one table of knobs. Each row says which profile key it sets, from what, and when it can act at all."""
+"""The search space: one table of knobs. Each row says which profile key it sets, from what, and when it can act."""
 
 from __future__ import annotations
 

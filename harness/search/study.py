@@ -1,8 +1,9 @@
 """The search by Optuna, through ask and tell. The only importer of optuna.
 
-Two objectives, both minimised: the logarithm of the latency, and peak memory. Every trial sets every constraint, in the order of
-`CONSTRAINTS`. A configuration that cannot be used is told as PRUNED with its constraints violated, never as FAIL, which samplers
-do not see and would propose for ever. FAIL is for a trial that says nothing about its configuration: one that was interrupted.
+Two objectives, both minimised: the logarithm of the latency, and peak memory. Every trial sets every constraint, in the
+order of `CONSTRAINTS`. A configuration that cannot be used is told as PRUNED with its constraints violated, never as
+FAIL, which samplers do not see and would propose for ever. FAIL is for a trial that says nothing about its
+configuration: one that was interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from harness.search.outcome import Kind, Outcome, Tried
+from harness.search.outcome import Kind, Outcome, Record, Tried
 from harness.search.space import Knob, Params, Space, Value
 from runtime.errors import UsageError
 
@@ -43,16 +44,6 @@ class Proposal:
 
     trial: Trial
     params: Params
-
-
-@dataclass(frozen=True)
-class Record:
-    """One finished trial. `reused` marks a duplicate that was told what was known and not run."""
-
-    number: int
-    params: Params
-    outcome: Outcome
-    reused: bool
 
 
 class Study:
@@ -96,8 +87,6 @@ class Study:
             self._abandon_open_trials()
         else:
             self._study.set_user_attr("identity", dict(identity))
-            for params in space.seeds():
-                self._study.enqueue_trial(_encoded(space, params), skip_if_exists=True)
 
     @property
     def name(self) -> str:
@@ -105,7 +94,13 @@ class Study:
         return self._study.study_name
 
     def ask(self) -> Proposal | None:
-        """What to run next: something new, or a repeat of a configuration that has few runs. None: everything was run."""
+        """What to run next, the default first; something new, or a repeat of what has run less than three times.
+
+        None when every configuration was run.
+        """
+        seed = next((params for params in self.space.seeds() if not self._outcomes(params)), None)
+        if seed is not None:
+            return self.propose(seed)
         for _ in range(_MAX_ASKS):
             proposal = self._ask()
             known = self._outcomes(proposal.params)
@@ -118,10 +113,11 @@ class Study:
     def propose(self, params: Params) -> Proposal:
         """Open a trial of `params`, however often that has run."""
         self._study.enqueue_trial(_encoded(self.space, params))
-        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if len(waiting) > 1:
-            raise RuntimeError(f"{len(waiting) - 1} enqueued trials come first")
-        return self._ask()
+        proposal = self._ask()
+        while _key(proposal.params) != _key(params):
+            self.abandon(proposal)  # enqueued by a process that died before it asked
+            proposal = self._ask()
+        return proposal
 
     def tell(self, proposal: Proposal, outcome: Outcome) -> None:
         """Note how the proposed trial ended."""
@@ -162,7 +158,7 @@ class Study:
         return [one.outcome for one in self.records() if not one.reused and _key(one.params) == key]
 
     def _finish(self, proposal: Proposal, outcome: Outcome, *, reused: bool) -> None:
-        """Set attributes and constraints, then tell; a repeat is told the pooled values of all runs of its configuration."""
+        """Set attributes and constraints, then tell; a repeat is told the pooled values of all its runs."""
         trial = proposal.trial
         trial.set_user_attr("params", dict(proposal.params))
         trial.set_user_attr("outcome", asdict(outcome))
@@ -203,7 +199,9 @@ def open_storage(folder: Path, resume: bool) -> JournalStorage:
     """
     journal = folder / JOURNAL
     if journal.exists() and not resume:
-        raise UsageError(f"{folder} holds a run already; add --resume to go on with it, or name another folder with --out")
+        raise UsageError(
+            f"{folder} holds a run already; add --resume to go on with it, or name another folder with --out"
+        )
     if resume and not journal.exists():
         raise UsageError(f"{folder} holds no run to go on with; leave --resume out, or name its folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -250,7 +248,7 @@ def _trials_of(storage: JournalStorage, name: str) -> list[FrozenTrial]:
 
 
 def _parameter(knob: Knob) -> str:
-    """Optuna's name: choices in order that are no range of integers, such as 1, 2, 4, 8, are searched by their index."""
+    """Optuna's name: ordered choices that are no range of integers, such as 1, 2, 4, 8, are searched by index."""
     return f"{knob.name}_index" if knob.is_ordered and not _is_range(knob) else knob.name
 
 
@@ -278,7 +276,10 @@ def _encoded(space: Space, params: Params) -> dict[str, Value]:
 def _record(trial: FrozenTrial) -> Record:
     outcome = trial.user_attrs["outcome"]
     return Record(
-        trial.number, trial.user_attrs["params"], Outcome(**{**outcome, "kind": Kind(outcome["kind"])}), trial.user_attrs["reused"]
+        trial.number,
+        trial.user_attrs["params"],
+        Outcome(**{**outcome, "kind": Kind(outcome["kind"])}),
+        trial.user_attrs["reused"],
     )
 
 
@@ -288,5 +289,3 @@ def _key(params: Params) -> str:
 
 def _digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-

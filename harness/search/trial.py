@@ -1,7 +1,7 @@
 """One trial in its own process: a crash, a hang or an exhausted memory ends the trial and nothing else.
 
-Processes are forked from a server that has torch, transformers and the engine imported. Each is the leader of its own session,
-writes to a log file, dies with the server, and answers one JSON object through a pipe.
+Processes are forked from a server that has torch, transformers and the engine imported. Each is the leader of its own
+session, writes to a log file, dies with the server, and answers one JSON object through a pipe.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from harness.measure.workload import Part, TokenRequest, cut, load_workload
+from harness.measure.workload import TokenRequest
 from harness.search.outcome import Kind, Measurement, Outcome
 from runtime import machine
 from runtime.errors import BudgetError, ExpertFlowError
@@ -36,29 +36,13 @@ _EXIT_GRACE_S = 10.0
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How much of the workload one run takes."""
-
-    prompt_tokens: int
-    output_tokens: int
-    num_requests: int
-
-    @property
-    def context(self) -> int:
-        """Tokens of the longest sequence."""
-        return self.prompt_tokens + self.output_tokens
-
-
-@dataclass(frozen=True)
 class TrialSpec:
-    """What to measure. `overrides` are dotted profile keys; `workload` None is the bundled text."""
+    """What to measure: `requests`, `concurrency` of them outstanding. `overrides` are dotted profile keys."""
 
     model: str
     overrides: dict[str, Any] = field(hash=False)
-    workload: Path | None
+    requests: tuple[TokenRequest, ...]
     concurrency: int
-    sizes: Sizes
-    part: Part
 
 
 def measure(spec: TrialSpec) -> dict[str, Any]:
@@ -73,19 +57,10 @@ def measure(spec: TrialSpec) -> dict[str, Any]:
     start = time.perf_counter()
     with runtime.load(spec.model, overrides=spec.overrides) as engine:
         loaded = time.perf_counter()
-        sizes = spec.sizes
-        requests = cut(
-            load_workload(spec.workload),
-            engine.tokenizer,
-            prompt_tokens=sizes.prompt_tokens,
-            output_tokens=sizes.output_tokens,
-            num_requests=sizes.num_requests,
-            part=spec.part,
-        )
-        replay(engine.model, [_shortened(requests[-1])], group=1, concurrency=1)
+        replay(engine.model, [_shortened(spec.requests[-1])], group=1, concurrency=1)
         engine.reset_stats()
         began = time.perf_counter()
-        run = replay(engine.model, requests, group=engine.profile.scheduler.group, concurrency=spec.concurrency)
+        run = replay(engine.model, spec.requests, group=engine.profile.scheduler.group, concurrency=spec.concurrency)
         return Measurement(
             latency_ms_p50=run.latency_ms_p50,
             ttft_ms_p50=run.ttft_ms_p50,
@@ -96,7 +71,7 @@ def measure(spec: TrialSpec) -> dict[str, Any]:
             slots=int(engine.profile.cache.slots or 0),
             load_s=loaded - start,
             run_s=time.perf_counter() - began,
-            num_tokens=sum(len(request.output_ids) for request in requests),
+            num_tokens=sum(len(request.output_ids) for request in spec.requests),
             stats=engine.stats().as_dict(),
             notes=engine.notes,
         ).as_dict()

@@ -82,88 +82,91 @@ def _new_state(num_experts: int, num_slots: int, prior: float) -> State:
     )
 
 
-def _compile(source: str) -> tuple[Callable[..., None], Callable[..., None]]:
+@njit
+def _victim(state, policy, per_layer, layer, needed_by):  # type: ignore[no-untyped-def]
+    """Slot to reuse: a free one, else the lowest (tier, score) among unleased residents; -1 when there is none.
+
+    Tiers: 0 predicted but unwanted, 1 ordinary, 2 forecast for a step still to come. With `needed_by` >= 0 (a
+    prefetch needed at that step), experts forecast for that step or sooner are not considered at all.
+    """
+    now, num_layers = state.now[0], state.slot_of.size // per_layer
+    best, best_tier, best_score = -1, 3, 0.0
+    for slot in range(state.expert_in.size):
+        expert = state.expert_in[slot]
+        if expert < 0:
+            return slot
+        if state.leases[expert] > 0:
+            continue
+        coming = state.needed_at[expert] > now
+        if coming and needed_by >= 0 and state.needed_at[expert] <= needed_by:
+            continue
+        tier = 0 if state.unwanted[expert] else (2 if coming else 1)
+        if tier > best_tier:
+            continue
+        distance = (expert // per_layer - layer - 1) % num_layers + 1
+        value = score(
+            policy, state.last_used[expert], state.loaded_at[expert], state.uses[expert],
+            state.fast[expert], state.slow[expert], now, distance, num_layers,
+        )  # fmt: skip
+        if tier < best_tier or value < best_score:
+            best, best_tier, best_score = slot, tier, value
+    return best
+
+
+@njit
+def _assign(state, expert, slot):  # type: ignore[no-untyped-def]
+    """Give `slot` to `expert`; its former expert is gone."""
+    former = state.expert_in[slot]
+    if former >= 0:
+        state.slot_of[former] = -1
+        state.ready[former] = False
+        state.counts[4] += 1
+        if state.prefetched[former]:
+            state.counts[7] += 1
+        state.prefetched[former] = False
+        state.unwanted[former] = False
+    state.expert_in[slot] = expert
+    state.slot_of[expert] = slot
+    state.loaded_at[expert] = state.now[0]
+
+
+@njit
+def _observe(state, per_layer, layer, demand, tokens, num_tokens, alphas):  # type: ignore[no-untyped-def]
+    """Advance the statistics of the layer's experts by `num_tokens` tokens, `tokens[i]` of which chose
+    `demand[i]`."""
+    keep_fast, keep_slow = (1.0 - alphas[0]) ** num_tokens, (1.0 - alphas[1]) ** num_tokens
+    for expert in range(layer * per_layer, (layer + 1) * per_layer):
+        state.fast[expert] *= keep_fast
+        state.slow[expert] *= keep_slow
+        state.unwanted[expert] = state.prefetched[expert]
+    for i in range(demand.size):
+        expert, rate = demand[i], tokens[i] / num_tokens
+        state.fast[expert] += (1.0 - keep_fast) * rate
+        state.slow[expert] += (1.0 - keep_slow) * rate
+        state.uses[expert] += tokens[i]
+        state.last_used[expert] = state.now[0]
+        state.unwanted[expert] = False
+        if state.prefetched[expert]:
+            state.prefetched[expert] = False
+            state.counts[6] += 1
+
+
+def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None]]:
     """The compiled step and the compiled prefetch plan.
 
-    Numba keeps compiled code on disk under the time stamp of the file a function stands in and the values it closes
-    over, not of what it calls. Closing over the policies' source makes an edited formula a new entry instead of a
-    stale one.
+    Numba keeps compiled code on disk under the time stamp of the file that a function stands in and the values that it
+    closes over, but not of what it calls. Closing over the policies' source makes an edited formula a new entry
+    instead of a stale one.
     """
-
-    @njit(cache=True)
-    def victim(state, policy, per_layer, layer, needed_by):  # type: ignore[no-untyped-def]
-        """Slot to reuse: a free one, else the lowest (tier, score) among unleased residents; -1 when there is none.
-
-        Tiers: 0 predicted but unwanted, 1 ordinary, 2 forecast for a step still to come. With `needed_by` >= 0 (a
-        prefetch needed at that step), experts forecast for that step or sooner are not considered at all.
-        """
-        len(source)
-        now, num_layers = state.now[0], state.slot_of.size // per_layer
-        best, best_tier, best_score = -1, 3, 0.0
-        for slot in range(state.expert_in.size):
-            expert = state.expert_in[slot]
-            if expert < 0:
-                return slot
-            if state.leases[expert] > 0:
-                continue
-            coming = state.needed_at[expert] > now
-            if coming and needed_by >= 0 and state.needed_at[expert] <= needed_by:
-                continue
-            tier = 0 if state.unwanted[expert] else (2 if coming else 1)
-            if tier > best_tier:
-                continue
-            distance = (expert // per_layer - layer - 1) % num_layers + 1
-            value = score(
-                policy, state.last_used[expert], state.loaded_at[expert], state.uses[expert],
-                state.fast[expert], state.slow[expert], now, distance, num_layers,
-            )  # fmt: skip
-            if tier < best_tier or value < best_score:
-                best, best_tier, best_score = slot, tier, value
-        return best
-
-    @njit(cache=True)
-    def assign(state, expert, slot):  # type: ignore[no-untyped-def]
-        """Give `slot` to `expert`; its former expert is gone."""
-        former = state.expert_in[slot]
-        if former >= 0:
-            state.slot_of[former] = -1
-            state.ready[former] = False
-            state.counts[4] += 1
-            if state.prefetched[former]:
-                state.counts[7] += 1
-            state.prefetched[former] = False
-            state.unwanted[former] = False
-        state.expert_in[slot] = expert
-        state.slot_of[expert] = slot
-        state.loaded_at[expert] = state.now[0]
-
-    @njit(cache=True)
-    def observe(state, per_layer, layer, demand, tokens, num_tokens, alphas):  # type: ignore[no-untyped-def]
-        """Advance the statistics of the layer's experts by `num_tokens` tokens, `tokens[i]` of which chose
-        `demand[i]`."""
-        keep_fast, keep_slow = (1.0 - alphas[0]) ** num_tokens, (1.0 - alphas[1]) ** num_tokens
-        for expert in range(layer * per_layer, (layer + 1) * per_layer):
-            state.fast[expert] *= keep_fast
-            state.slow[expert] *= keep_slow
-            state.unwanted[expert] = state.prefetched[expert]
-        for i in range(demand.size):
-            expert, rate = demand[i], tokens[i] / num_tokens
-            state.fast[expert] += (1.0 - keep_fast) * rate
-            state.slow[expert] += (1.0 - keep_slow) * rate
-            state.uses[expert] += tokens[i]
-            state.last_used[expert] = state.now[0]
-            state.unwanted[expert] = False
-            if state.prefetched[expert]:
-                state.prefetched[expert] = False
-                state.counts[6] += 1
 
     @njit(cache=True)
     def step(state, policy, per_layer, layer, demand, tokens, num_tokens, alphas, first, kinds, slots):  # type: ignore[no-untyped-def]
         """One wave of a layer step: classify and lease every demanded expert, find slots for the missing ones."""
+        len(formulas)
         if first:
             state.now[0] += 1
             state.counts[8] += 1
-            observe(state, per_layer, layer, demand, tokens, num_tokens, alphas)
+            _observe(state, per_layer, layer, demand, tokens, num_tokens, alphas)
         state.counts[9] += 1
         for i in range(demand.size):  # lease what is here before any victim is chosen
             expert = demand[i]
@@ -177,11 +180,11 @@ def _compile(source: str) -> tuple[Callable[..., None], Callable[..., None]]:
         for i in range(demand.size):
             if kinds[i] != 0:
                 continue
-            slot = victim(state, policy, per_layer, layer, -1)
+            slot = _victim(state, policy, per_layer, layer, -1)
             if slot < 0:
                 kinds[i] = 3
                 continue
-            assign(state, demand[i], slot)
+            _assign(state, demand[i], slot)
             state.leases[demand[i]] += 1
             slots[i] = slot
 
@@ -189,6 +192,7 @@ def _compile(source: str) -> tuple[Callable[..., None], Callable[..., None]]:
     def prefetch(state, policy, per_layer, layer, wanted, steps_ahead, slots):  # type: ignore[no-untyped-def]
         """Slots for forecast experts, most urgent first; -1 where it is resident already or nothing may be evicted
         for it."""
+        len(formulas)
         now = state.now[0]
         for i in range(wanted.size):
             state.needed_at[wanted[i]] = now + steps_ahead[i]
@@ -196,10 +200,10 @@ def _compile(source: str) -> tuple[Callable[..., None], Callable[..., None]]:
             slots[i] = -1
             if state.slot_of[wanted[i]] >= 0:
                 continue
-            slot = victim(state, policy, per_layer, layer, now + steps_ahead[i])
+            slot = _victim(state, policy, per_layer, layer, now + steps_ahead[i])
             if slot < 0:
                 continue
-            assign(state, wanted[i], slot)
+            _assign(state, wanted[i], slot)
             state.prefetched[wanted[i]] = True
             state.counts[5] += 1
             slots[i] = slot

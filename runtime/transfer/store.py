@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from runtime.transfer.layout import PAGE_BYTES, ExpertLayer, ExpertParameter, Recipe, align, lay_out
 from runtime.transfer.safetensors_index import read_index
 from runtime.transfer.slots import TensorPlace
-from runtime.transfer.sources import PartFinder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +45,9 @@ class ExpertStore:
             CheckpointError: a file is missing, truncated or corrupt; an expert's tensor is missing or does not fit.
             ValueError: `layers` is empty, or their parameters differ: open one store for each shape.
         """
+        # Brings transformers, seconds to import; reading experts needs none of it.
+        from runtime.transfer.sources import PartFinder
+
         if len({layer.parameters for layer in layers}) != 1:
             raise ValueError("a store holds layers with the same parameters; open one store for each shape")
         finder = PartFinder(model, files, read_index(files), layers)

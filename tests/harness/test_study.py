@@ -188,6 +188,9 @@ def test_an_interrupted_trial_says_nothing_of_its_configuration(tmp_path: Path) 
 
 
 def test_the_front_holds_what_nothing_beats() -> None:
-    made = [Tried({"slots": n}, (measurement(*pair),)) for n, pair in enumerate([(3, 10), (1, 30), (2, 20), (2.5, 25), (4, 10)])]
+    made = [
+        Tried({"slots": n}, (measurement(*pair),))
+        for n, pair in enumerate([(3, 10), (1, 30), (2, 20), (2.5, 25), (4, 10)])
+    ]
     assert [one.params["slots"] for one in front(made)] == [1, 2, 0]
     assert [one.params["slots"] for one in feasible(made, 25)] == [2, 3, 0, 4]

@@ -14,7 +14,7 @@ from harness.measure.workload import HELDOUT, Workload, WorkloadError, cut, load
 class Characters:
     """A tokenizer with one token per character."""
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
         assert not add_special_tokens
         return {"input_ids": [ord(character) for character in text]}
 

@@ -1,0 +1,157 @@
+"""From what was measured to the profile that says so."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from harness.measure.stats import median
+from harness.search.confirm import Confirmation
+from harness.search.outcome import Kind, Measurement, Record
+from runtime import machine
+from runtime.profile import (
+    Bandwidth,
+    Evidence,
+    Limits,
+    Match,
+    ModelIdentity,
+    Objectives,
+    Profile,
+    Provenance,
+    Ratio,
+    Workload,
+)
+
+_PACKAGES = ("expertflow", "torch", "transformers", "optuna", "numba")
+_BANDWIDTH_TOLERANCE = 0.5
+"""Of the bandwidth measured at expert size: below this share of it, where experts are kept should be tuned anew."""
+
+
+def objectives(runs: Sequence[Measurement]) -> Objectives:
+    """Medians over `runs` (at least one), and the highest peak."""
+
+    def middle(values: Sequence[Any]) -> float | None:
+        known = [value for value in values if value is not None]
+        return median(known) if known else None
+
+    return Objectives(
+        latency_ms_p50=middle([run.latency_ms_p50 for run in runs]),
+        tokens_per_s=middle([run.tokens_per_s for run in runs]),
+        ttft_ms_p50=middle([run.ttft_ms_p50 for run in runs]),
+        tpot_ms_p50=middle([run.tpot_ms_p50 for run in runs]),
+        peak_memory_bytes=max(run.peak_memory_bytes for run in runs),
+        bytes_per_token=middle([run.stats.get("bytes_per_token") for run in runs]),
+        hit_rate=middle([run.stats.get("hit_rate") for run in runs]),
+    )
+
+
+def evidence(
+    records: Sequence[Record],
+    baseline: Sequence[Measurement],
+    confirmation: Confirmation | None,
+    *,
+    seed: int,
+    memory_model_error: float | None,
+) -> Evidence:
+    """What stands behind the choice; the ratio only where the chosen configuration is the one that was confirmed."""
+    run = [record for record in records if not record.reused]
+    ratio = None
+    if confirmation is not None and confirmation.ratio is not None and confirmation.is_proven:
+        found = confirmation.ratio
+        ratio = Ratio(estimate=found.estimate, low=found.low, high=found.high, confidence=confirmation.confidence)
+    return Evidence(
+        baseline=objectives(baseline) if baseline else None,
+        ratio=ratio,
+        pairs=None if ratio is None or confirmation is None else len(confirmation.default),
+        trials=len(run),
+        oom=sum(record.outcome.kind is Kind.OUT_OF_MEMORY for record in run),
+        seed=seed,
+        memory_model_error=memory_model_error,
+    )
+
+
+def match(model: ModelIdentity, bandwidth_bytes_per_s: float) -> Match:
+    """This machine and the model that was tuned."""
+    return Match(
+        device="cpu",
+        memory_total_bytes=machine.total_memory_bytes(),
+        bandwidth_at_expert_size_bytes_per_s=Bandwidth(min=float(round(_BANDWIDTH_TOLERANCE * bandwidth_bytes_per_s))),
+        model=model,
+    )
+
+
+def provenance(model: str, command: str) -> Provenance:
+    """Who made this, with what, when."""
+    return Provenance(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=near(model),
+        versions=versions(),
+        commit=commit(),
+        hardware=dict(machine.fingerprint()),
+        command=command,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that matter, those that are installed."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Of the source tree that runs, with "+" where it was changed; None outside a git repository."""
+    folder = Path(__file__).parent
+    try:
+        head = _git(folder, "rev-parse", "--short=12", "HEAD")
+        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def near(path: str) -> str:
+    """A path below the working folder as a relative one; anything else as it is."""
+    absolute = Path(path).absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else path
+
+
+def tuned(
+    base: Profile,
+    overrides: dict[str, Any],
+    *,
+    fixed: Sequence[str],
+    max_memory_bytes: int | None,
+    workload: Workload,
+    measured: Objectives,
+    proof: Evidence,
+    where: Match,
+    origin: Provenance,
+) -> Profile:
+    """The profile of a configuration with everything that was found."""
+    return base.with_overrides(overrides).model_copy(
+        update={
+            "match": where,
+            "workload": workload,
+            "limits": None if max_memory_bytes is None else Limits(max_memory_bytes=max_memory_bytes),
+            "fixed": tuple(fixed),
+            "objectives": measured,
+            "evidence": proof,
+            "provenance": origin,
+        }
+    )
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+    )
+    return done.stdout.strip()
