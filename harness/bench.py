@@ -105,7 +105,10 @@ def _setup(options: argparse.Namespace) -> Setup:
     slots = options.slots or (None if profile is None else profile.cache.slots) or "25%"
     threads = options.threads or (1 if profile is None else profile.compute.threads)
     path = None if options.profile is None else str(options.profile)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{model} has no tokenizer that can be loaded, which text needs: {error}") from error
     return Setup(names, model, path, facts, sizes, sizes.slots_of(str(slots)), threads, tokenizer)
 
 
@@ -130,14 +133,16 @@ def _contest(setup: Setup, options: argparse.Namespace, warm: TokenRequest, use_
     )
 
 
-def _names(setup: Setup, contest: Contest) -> list[str]:
-    """What is measured, the reference included; resident models only as far as the machine has memory for them."""
-    wanted = [*setup.names, "reference"]
+def _start_all(setup: Setup, running: Field) -> None:
+    """The contenders that were asked for and the reference; resident models only as far as the machine has memory."""
     room = machine.available_memory_bytes() // int(1.3 * setup.sizes.total_bytes)
-    resident = [name for name in reversed(wanted) if name in report.UNLIMITED]
-    for name in resident[room:]:
-        contest.say(f"{name} is left out: this machine has no memory for {len(resident)} resident models")
-    return [name for name in wanted if name not in resident[room:]]
+    resident = [name for name in ("reference", "resident") if name in (*setup.names, "reference")]
+    for name in (*setup.names, "reference"):
+        if name in resident[room:]:
+            reason = f"this machine has no memory for {len(resident)} resident models"
+            running.rows[name] = Row(name, None, failure=reason, fits=False)
+        else:
+            running.add(name)
 
 
 def _measure(
@@ -145,14 +150,14 @@ def _measure(
 ) -> Findings:
     files = sorted({*checkpoint_files(setup.model), *checkpoint_files(contest.fused)})
     with field(contest, limit) as running:
-        for name in _names(setup, contest):
-            running.add(name)
+        _start_all(setup, running)
         rows = running.rows
         with tqdm(total=len(rows) * len(requests), desc="measuring", unit="run", file=sys.stderr) as bar:
             run_blocks(
                 list(rows.values()),
                 requests,
                 [*files, *contest.scratch.rglob("*.dat")],
+                cap_s=contest.cap_s,
                 on_sample=lambda row: bar.update(),
                 on_block=lambda: out.save(rows),
             )
@@ -192,7 +197,8 @@ def _bench(setup: Setup, options: argparse.Namespace) -> int:
     out.save(found.rows, summary)
     if not options.json:
         print(limit.describe(setup.sizes))
-        print(report.table(found.rows, page_cache_limited=contest.use_cgroup))
+        share = setup.sizes.dense_bytes / setup.sizes.total_bytes
+        print(report.table(found.rows, page_cache_limited=contest.use_cgroup, dense_share=share))
         print("the ladder of the bound: not measured" if found.ladder is None else found.ladder.table())
         print(f"raw samples: {out.path}")
     print(json.dumps(summary))

@@ -111,6 +111,7 @@ def load(
     profile, checkpoint = _profile_and_checkpoint(source, model)
     profile = profile.with_overrides(overrides or {})
     torch.set_num_threads(profile.compute.threads)
+    machine.return_freed_memory()
     facts = describe(checkpoint, dtype=dtype)
     notes = list(_match(profile, facts))
     profile, clamped = resolve(profile, facts)

@@ -93,7 +93,8 @@ class Kernel(ABC):
         name = "gate_up_proj" if module.has_gate else "up_proj"
         x = self._activate(expert, self._linear(x, weights[name], weights.get(f"{name}_bias")))
         x = self._linear(x, weights["down_proj"], weights.get("down_proj_bias"))
-        out: torch.Tensor = module.post_expert_norm(x) if module.has_post_expert_norm else x
+        # The flag is younger than transformers 5.17.
+        out: torch.Tensor = module.post_expert_norm(x) if getattr(module, "has_post_expert_norm", False) else x
         return out
 
     def _activate(self, expert: int, x: torch.Tensor) -> torch.Tensor:

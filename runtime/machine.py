@@ -6,6 +6,7 @@ of a GPU is asked of its driver elsewhere.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -82,6 +83,20 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def return_freed_memory() -> None:
+    """Have glibc give freed blocks of a MiB and more back at once, instead of keeping as many as were ever in use.
+
+    Its threshold grows with the blocks that are freed, so that the activations of one long prompt stay with the process
+    for good (40 MB for 512 tokens of the demo). No effect with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def bytes_read_from_disk() -> int | None:

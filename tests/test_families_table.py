@@ -11,6 +11,7 @@ import torch
 import transformers
 from families import FAMILIES, UNSUPPORTED, Family, decorated_families, is_decorated, realign
 from packaging.version import Version
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -104,6 +105,14 @@ def test_reloads_exactly(family: Family, layout: str, tmp_path: Path) -> None:
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert torch.equal(_logits(family, realign(loaded)), _logits(family, model))
+
+
+@pytest.mark.parametrize(("layout", "key"), [("hub", "experts.7.gate_proj.weight"), ("fused", "experts.gate_up_proj")])
+def test_the_layouts_differ_on_disk(layout: str, key: str, tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.name == "qwen3_moe")
+    _model(family).save_pretrained(tmp_path, save_original_format=layout == "hub")
+    with safe_open(tmp_path / "model.safetensors", "pt") as checkpoint:
+        assert f"model.layers.0.mlp.{key}" in checkpoint.keys()  # noqa: SIM118
 
 
 def test_the_seed_decides_the_weights() -> None:

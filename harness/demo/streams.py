@@ -71,7 +71,7 @@ def train_tokenizer(documents: list[text.Document], vocab_size: int) -> PreTrain
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
     """uint16 stream of all texts, each followed by the end-of-text token."""
-    ids = tokenizer(texts)["input_ids"] if texts else []
+    ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
     return np.array([token for row in ids for token in [*row, tokenizer.eos_token_id]], dtype=np.uint16)
 
 
@@ -111,7 +111,7 @@ def held_out_passages(tokenizer: PreTrainedTokenizerFast, documents: list[text.D
     """
     for kind in text.KINDS:
         texts = [document.text for document in documents if document.kind == kind]
-        passages = [item for item in texts if SHORT_TOKENS <= len(tokenizer(item)["input_ids"]) <= MAX_TOKENS]
+        passages = [item for item in texts if SHORT_TOKENS <= len(tokenizer(item, verbose=False)["input_ids"]) <= MAX_TOKENS]
         if len(passages) < MIN_PASSAGES:
             passages = list(_recut(tokenizer, texts))
         for number, passage in enumerate(passages[:PASSAGES]):

@@ -55,7 +55,7 @@ def disk_device_map(model: nn.Module, on_disk: Collection[str]) -> dict[str, str
 
 
 def own_weights(model: nn.Module) -> None:
-    """Copy every weight into memory of its own: as loaded, some are views of a mapped checkpoint, whose pages then stay."""
+    """Copy every weight into memory of its own: as loaded, some are views of a mapped checkpoint, which then stays."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 

@@ -22,12 +22,19 @@ LABELS = {
 UNLIMITED = ("resident", "reference")
 
 
-def table(rows: Mapping[str, Row], *, page_cache_limited: bool) -> str:
-    """One line per contender: rates, ratio, bytes, hits, peak, tokens equal to the reference; then notes."""
+def table(rows: Mapping[str, Row], *, page_cache_limited: bool, dense_share: float) -> str:
+    """One line per contender: rates, ratio, bytes, hits, peak, tokens equal to the reference; then notes.
+
+    `dense_share` of the checkpoint stays mapped, hence cached, in a process that keeps its dense weights.
+    """
     head = f"{'':<29}{'tokens/s median [min, max]':>29}{'ours / it (95 %)':>21}{'read/token':>12}{'hits':>7}{'peak':>9}"
     lines = [f"{head}{'tokens equal':>14}"]
     lines.extend(_line(row, rows) for row in rows.values())
-    notes = [f"  {LABELS[row.name]}: {note}" for row in rows.values() for note in _notes(row, page_cache_limited)]
+    notes = [
+        f"  {LABELS[row.name]}: {note}"
+        for row in rows.values()
+        for note in _notes(row, page_cache_limited, dense_share)
+    ]
     return "\n".join(lines + notes + _ceiling(rows))
 
 
@@ -52,19 +59,25 @@ def _line(row: Row, rows: Mapping[str, Row]) -> str:
     return label + "".join(cells)
 
 
-def _notes(row: Row, page_cache_limited: bool) -> list[str]:
-    notes = [] if row.implementation is None else [f"experts implementation {row.implementation}"]
-    if not row.is_measured:
+def _notes(row: Row, page_cache_limited: bool, dense_share: float) -> list[str]:
+    if not row.is_measured or row.process is None:
         return []
+    notes = [str(note) for note in row.process.facts.get("notes", ())]
+    if row.implementation is not None:
+        notes.append(f"experts implementation {row.implementation}")
     if not page_cache_limited and row.name not in UNLIMITED:
         notes.append("page cache not limited")
-    longest = max(len(sample["predicted_ids"]) for sample in row.samples.values())
-    if row.num_tokens < longest:
-        notes.append(f"{row.num_tokens} tokens of each request")
+    fewest = min(len(sample["predicted_ids"]) for sample in row.samples.values())
+    if fewest < row.wanted_tokens:
+        notes.append(f"only the first {fewest} to {_most_tokens(row)} tokens of each request, for its slowness")
     cached = max(sample["cached_before"] for sample in row.samples.values())
-    if cached >= 0.01:
+    if cached - dense_share >= 0.01:
         notes.append(f"up to {cached:.1%} of the checkpoints' pages could not be dropped before a block")
     return notes
+
+
+def _most_tokens(row: Row) -> int:
+    return max(len(sample["predicted_ids"]) for sample in row.samples.values())
 
 
 def _ceiling(rows: Mapping[str, Row]) -> list[str]:
@@ -153,7 +166,7 @@ def summary(rows: Mapping[str, Row], found: Ladder | None) -> dict[str, Any]:
     """The JSON object: a contender that was not measured is null."""
     names = [name for name in LABELS if name in rows]
     return {
-        **{name: _summary(rows[name], rows) for name in names},
+        **{name: _summary(rows[name], rows) if name in rows else None for name in LABELS},
         "attainable_tokens_per_s": None if found is None else found.attainable,
         "fraction_of_attainable": None if found is None else found.fraction.as_dict(),
         "bound_own_tokens_per_s": None if found is None else found.bound_own,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +35,7 @@ class Row:
 
     name: str
     process: Asked | None
+    wanted_tokens: int = 0
     num_tokens: int = 0
     implementation: str | None = None
     samples: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -97,13 +98,15 @@ def warm_up(row: Row, request: TokenRequest, num_tokens: int, cap_s: float) -> N
         ContenderFailed: as `ask`.
     """
     assert row.process is not None
-    probe = _run(row.process, request, min(PROBE_TOKENS, num_tokens))
-    s_per_token = probe["decode_s"] / probe["decode_tokens"]
-    row.num_tokens = max(min(PROBE_TOKENS, num_tokens), min(num_tokens, int(cap_s / s_per_token)))
-    row.warm_s_per_token = s_per_token
+    warm = _run(row.process, request, min(PROBE_TOKENS, num_tokens))
+    row.wanted_tokens, row.num_tokens = num_tokens, _tokens_within(cap_s, warm, num_tokens)
     if row.num_tokens == num_tokens:
         warm = _run(row.process, request, num_tokens)
-        row.warm_s_per_token = warm["decode_s"] / warm["decode_tokens"]
+    row.warm_s_per_token = warm["decode_s"] / warm["decode_tokens"]
+
+
+def _tokens_within(cap_s: float, sample: Mapping[str, Any], most: int) -> int:
+    return max(min(PROBE_TOKENS, most), min(most, int(cap_s * sample["decode_tokens"] / sample["decode_s"])))
 
 
 def run_blocks(
@@ -111,6 +114,7 @@ def run_blocks(
     requests: Sequence[TokenRequest],
     files: Sequence[Path],
     *,
+    cap_s: float,
     on_sample: Callable[[Row], None],
     on_block: Callable[[], None],
 ) -> None:
@@ -118,12 +122,14 @@ def run_blocks(
 
     Args:
         files: of the checkpoints; their page cache is dropped before each measurement.
+        cap_s: a row that decoded longer than this decodes fewer tokens from then on.
         on_sample, on_block: called after each measurement and after each block.
     """
     for block, request in enumerate(requests):
         for row in block_order([row for row in rows if row.process is not None and row.failure is None], block):
             try:
                 row.samples[block] = _measure(row, request, files)
+                row.num_tokens = _tokens_within(cap_s, row.samples[block], row.num_tokens)
             except ContenderFailed as error:
                 row.failure, row.fits = f"block {block}: {error}", not error.out_of_memory
             on_sample(row)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runtime.errors import BudgetError
+from runtime.errors import BudgetError, UsageError
 from runtime.machine import format_bytes
 
-MARGIN_BYTES = 32 << 20
+MARGIN_BYTES = 64 << 20
 MAX_TRIES = 5
 
 
@@ -26,7 +27,13 @@ class ModelBytes:
         return self.dense_bytes + self.num_experts * self.slot_bytes
 
     def slots_of(self, share: str) -> int:
-        """Slots of "64" or "25%", between one and all."""
+        """Slots of "64" or "25%", between one and all.
+
+        Raises:
+            UsageError: neither.
+        """
+        if not re.fullmatch(r"\d+(\.\d+)?%|\d+", share):
+            raise UsageError(f"{share!r} is neither a number of slots nor a share of all experts such as 25%")
         wanted = round(self.num_experts * float(share[:-1]) / 100) if share.endswith("%") else int(share)
         return min(max(wanted, 1), self.num_experts)
 

@@ -78,10 +78,11 @@ def num_pairs(pair_s: float, budget_s: float) -> int:
 
 
 def _ladder(concurrency: int) -> Iterator[Sizes]:
-    yield Sizes(64, 32, max(2 * concurrency, 6))
-    yield Sizes(64, 32, max(concurrency, 4))
-    yield Sizes(48, 16, max(concurrency, 4))
-    yield Sizes(32, 8, max(concurrency, 2))
+    # Twice as many requests as are outstanding: in the first round nobody has waited for a full queue.
+    num_requests = max(2 * concurrency, 6)
+    yield Sizes(64, 32, num_requests)
+    yield Sizes(48, 16, num_requests)
+    yield Sizes(32, 8, num_requests)
 
 
 def _estimate_s(pilot: Measurement, sizes: Sizes) -> float:

@@ -32,7 +32,7 @@ CONSTRAINTS = ("memory", "failure")
 JOURNAL = "study.journal"
 MAX_RUNS = 3
 """Runs of one configuration: the first, and two repeats when it is proposed again."""
-_MAX_ASKS = 8
+_MAX_ASKS = 4
 _MIB = 1 << 20
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -39,7 +39,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path, streams: Strea
     whole = _trainer(tmp_path / "whole", streams)
     whole.run()
     broken = _trainer(tmp_path / "broken", streams)
-    _interrupt_after(broken.model.lm_head, calls=12)
+    _interrupt_after(broken.model.lm_head, calls=24)
     with pytest.raises(KeyboardInterrupt):
         broken.run()
     resumed = _trainer(tmp_path / "broken", streams)

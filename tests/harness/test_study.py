@@ -69,8 +69,10 @@ def test_the_default_comes_first_and_seeds_next(tmp_path: Path) -> None:
 def test_it_finds_what_is_fast_on_a_machine_that_has_cliffs(tmp_path: Path) -> None:
     study = open_study(tmp_path)
     run(study, 30)
-    best = feasible(study.tried(), LIMIT)[0]
-    assert best.latency_ms_p50 <= 1.1 * (100 - 30) / 8**0.5
+    outcomes = [machine(params) for params in study.space.configurations()]
+    optimum = min(one.measurement.latency_ms_p50 for one in outcomes if one.kind is Kind.OK)
+    assert feasible(study.tried(), LIMIT)[0].latency_ms_p50 <= 1.1 * optimum
+    assert sum(record.outcome.kind is Kind.OK for record in study.records()) >= 20
 
 
 def test_every_trial_sets_every_constraint_in_one_order(tmp_path: Path) -> None:
@@ -111,8 +113,7 @@ def test_a_duplicate_is_run_at_most_twice_more_and_told_the_pooled_median(tmp_pa
 
 def test_a_repeat_is_told_the_median_of_all_runs(tmp_path: Path) -> None:
     study = open_study(tmp_path, tiny())
-    while study._study.get_trials(states=(study._study.trials[0].state.WAITING,)):
-        run(study, 1)
+    run(study, 1)
     params = study.space.default
     study.tell(study.propose(params), ok(10.0))
     study.tell(study.propose(params), ok(1000.0))

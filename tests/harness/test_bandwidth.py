@@ -1,0 +1,84 @@
+"""The bandwidth curve and its fit; the memory sum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness.hardware import bandwidth
+from harness.hardware.bandwidth import SIZES, THREADS, engine_bandwidth, fit, measure_curve
+from harness.hardware.memory import MemoryModel
+from runtime.errors import BudgetError
+
+
+@pytest.fixture
+def blob(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(bytes(range(256)) * (5 << 12))
+    return path
+
+
+def test_the_fit_finds_latency_and_asymptote() -> None:
+    latency_s, bytes_per_s = fit([(size, 2e-4 + size / 5e8) for size in SIZES])
+    assert (latency_s, bytes_per_s) == (pytest.approx(2e-4), pytest.approx(5e8))
+
+
+def test_the_fit_survives_one_disturbed_size() -> None:
+    times = [[size, 2e-4 + size / 5e8] for size in (*SIZES, 8 << 20)]
+    times[2][1] *= 30
+    assert fit([(size, time) for size, time in times])[1] == pytest.approx(5e8, rel=0.05)
+
+
+@pytest.mark.parametrize("points", [[], [(4096, 1.0)], [(4096, 2.0), (8192, 1.0)]])
+def test_points_that_do_not_rise_have_no_fit(points: list[tuple[float, float]]) -> None:
+    assert fit(points) == (None, None)
+
+
+def test_the_curve_has_every_size_that_fits_and_the_exact_expert(blob: Path) -> None:
+    curve = measure_curve([blob], 300_000, 1e9, budget_s=0.3)
+    sizes = [point.num_bytes for point in curve.series[0].points]
+    assert sizes == [64 << 10, 256 << 10, 303104, 1 << 20, 4 << 20]
+    assert {series.threads for series in curve.series} == set(THREADS)
+    assert all(point.num_reads >= series.threads for series in curve.series for point in series.points)
+    assert json.loads(json.dumps(curve.as_dict()))["engine_bytes_per_s"] == 1e9
+
+
+def test_a_file_smaller_than_every_size_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "small"
+    path.write_bytes(bytes(10_000))
+    curve = measure_curve([path], 1 << 20, 1.0, budget_s=0.05)
+    assert [point.num_bytes for point in curve.series[0].points] == [8192]
+
+
+def test_without_direct_reads_the_curve_is_buffered(blob: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "takes_direct", lambda file: False)
+    assert not any(series.direct for series in measure_curve([blob], 65536, 1.0, budget_s=0.1).series)
+
+
+def test_a_read_that_comes_back_short_is_an_error(blob: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.preadv", lambda *_: 17)
+    with pytest.raises(OSError, match="short read"):
+        measure_curve([blob], 65536, 1.0, budget_s=0.1)
+
+
+def test_the_engine_brings_experts_in(tiny_checkpoint: Path) -> None:
+    assert engine_bandwidth(str(tiny_checkpoint), io_threads=1, budget_s=0.05) > 0
+
+
+MEMORY = MemoryModel(num_experts=64, slot_bytes=1000, dense_bytes=500, buffer_bytes=300, kv_bytes_per_sequence=10)
+
+
+def test_memory_is_the_sum_of_its_parts() -> None:
+    assert MEMORY.predict(8, 4).total_bytes == 500 + 8 * 1000 + 300 + 40
+
+
+def test_slots_fill_the_limit_and_stop_at_all_experts() -> None:
+    assert MEMORY.slots_that_fit(8 * 1000 + 840, 4) == 8 and MEMORY.slots_that_fit(8 * 1000 + 839, 4) == 7
+    assert MEMORY.slots_that_fit(1 << 40, 1) == 64
+
+
+def test_a_limit_below_one_expert_is_refused_with_the_smallest_that_works() -> None:
+    with pytest.raises(BudgetError, match="1810 bytes"):
+        MEMORY.slots_that_fit(1000, 1)

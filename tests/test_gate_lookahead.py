@@ -1,0 +1,102 @@
+"""The lookahead forecast: what it asks which router, and when it says that it cannot."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from runtime.predictors.base import Observation
+from runtime.predictors.gate_lookahead import GateLookahead, LookaheadRouter, RouterInput, lookahead_router
+from runtime.vocabulary import Pass, Phase
+
+EXPERTS, HIDDEN, TOP_K = 6, 4, 2
+
+
+class Router(nn.Module):
+    """As transformers' routers are."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = hidden_states.reshape(-1, HIDDEN) @ self.weight.T
+        scores, chosen = logits.softmax(-1).topk(TOP_K)
+        return logits, scores, chosen
+
+
+class NeedsTokens(Router):
+    """A router that asks for more than the hidden state."""
+
+    def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor):  # type: ignore[no-untyped-def,override]
+        return super().forward(hidden_states)
+
+
+class Norm(nn.Module):
+    """RMS norm with gain 1 + weight, as some families store it."""
+
+    def __init__(self, gain: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(gain - 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / x.pow(2).mean(-1, keepdim=True).sqrt() * (1 + self.weight)
+
+
+def _routers(count: int) -> list[Router]:
+    generator = torch.Generator().manual_seed(1)
+    return [Router(torch.randn(EXPERTS, HIDDEN, generator=generator)) for _ in range(count)]
+
+
+def _observation(hidden: torch.Tensor) -> Observation:
+    tokens = len(hidden)
+    return Observation(Pass(Phase.DECODE, tokens, 0), np.zeros((tokens, TOP_K), np.int64), hidden)
+
+
+def test_forecasts_what_the_next_layers_routers_choose() -> None:
+    routers = _routers(4)
+    predictor = GateLookahead([LookaheadRouter(router, None) for router in routers], EXPERTS, depth=2)
+    hidden = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(2))
+    predictor.observe(0, _observation(hidden))
+    forecast = predictor.forecast(0)
+    for layer in (1, 2):
+        logits, _, chosen = routers[layer](hidden)
+        expected = 0.5 * np.bincount(chosen.flatten().numpy(), minlength=EXPERTS)
+        expected = expected + 0.5 * (logits.softmax(-1) * TOP_K).clamp(max=1).sum(0).detach().numpy()
+        np.testing.assert_allclose(forecast[layer], expected, rtol=1e-5)
+    assert not forecast[3].any(), "depth 2 does not reach layer 3"
+
+
+def test_corrects_for_the_gain_of_the_norms_between() -> None:
+    gains = [torch.tensor([1.0, 2.0, 4.0, 0.5]), torch.tensor([3.0, 0.2, 1.0, 5.0])]
+    routers = _routers(2)
+    asked = [lookahead_router(router, Norm(gain), HIDDEN) for router, gain in zip(routers, gains, strict=True)]
+    assert all(isinstance(router, LookaheadRouter) for router in asked)
+    direction = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(3))
+    corrected = GateLookahead(asked, EXPERTS, depth=1)  # type: ignore[arg-type]
+    corrected.observe(0, _observation(direction * gains[0]))
+    truth = GateLookahead([LookaheadRouter(router, None) for router in routers], EXPERTS, depth=1)
+    truth.observe(0, _observation(direction * gains[1]))
+    np.testing.assert_allclose(corrected.forecast(0)[1], truth.forecast(0)[1], rtol=1e-4)
+
+
+def test_layer_norms_give_no_gain() -> None:
+    asked = lookahead_router(_routers(1)[0], nn.LayerNorm(HIDDEN), HIDDEN)
+    assert isinstance(asked, LookaheadRouter) and asked.gain is None
+
+
+def test_a_router_that_needs_more_is_named_with_what_it_needs() -> None:
+    reason = lookahead_router(NeedsTokens(torch.zeros(EXPERTS, HIDDEN)), None, HIDDEN)
+    assert reason == "router NeedsTokens needs hidden_states, input_ids, of which only the hidden state is at hand"
+
+
+def test_asking_leaves_hooks_on_routers_alone() -> None:
+    routers = _routers(2)
+    seen: list[object] = []
+    routers[1].register_forward_hook(lambda *_: seen.append(1))
+    tap = RouterInput(routers[0])
+    routers[0](torch.ones(2, 3, HIDDEN))
+    assert tap() is not None and tap().shape == (6, HIDDEN)  # type: ignore[union-attr]
+    GateLookahead([LookaheadRouter(r, None) for r in routers], EXPERTS, 1).observe(0, _observation(torch.ones(1, HIDDEN)))
+    assert not seen
