@@ -98,8 +98,7 @@ def load(
 
     Args:
         source: a profile (path of a .yaml file, or a `Profile`), or a checkpoint (folder or hub id), which then runs
-        with
-            the default profile.
+            with the default profile.
         model: the checkpoint, where `source` is a profile that was tuned on a copy elsewhere.
         overrides: dotted profile keys and their values, such as {"cache.slots": "25%"}.
         dtype: as in `from_pretrained`.
@@ -132,8 +131,7 @@ def load_reference(
     overrides: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
 ) -> Engine:
-    """The whole model in memory, through the same kernels and threads: what an offloaded engine must equal to the
-    bit."""
+    """The whole model in memory, through the same kernels and threads: what `load` must equal to the bit."""
     profile, checkpoint = _profile_and_checkpoint(source, model)
     profile = profile.with_overrides(overrides or {})
     torch.set_num_threads(profile.compute.threads)
@@ -165,7 +163,8 @@ def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
         kv_bytes=_kv_bytes(profile, facts),
         buffer_bytes=machine.resident_bytes() + BUFFER_BYTES,
     )
-    slots = min(wanted, fit, facts.num_experts_total)
+    wanted = min(wanted, facts.num_experts_total)
+    slots = min(wanted, fit)
     notes = []
     if slots < wanted and profile.cache.slots is not None:
         notes.append(f"{wanted} slots asked for, {slots} fit the memory: {machine.format_bytes(limit)} in all")

@@ -56,7 +56,9 @@ def test_runtime_never_imports_harness() -> None:
     assert [module for module in _importers("harness") if module.startswith("runtime")] == []
 
 
-@pytest.mark.parametrize(("package", "importer"), [("optuna", "harness.search.study"), ("pynvml", "harness.hardware.nvml")])
+@pytest.mark.parametrize(
+    ("package", "importer"), [("optuna", "harness.search.study"), ("pynvml", "harness.hardware.nvml")]
+)
 def test_one_importer_each(package: str, importer: str) -> None:
     assert _importers(package) == [importer]
 

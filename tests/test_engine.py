@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from tiny import EXPERTS, LAYERS, TOP_K, save_tiny
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 import runtime
+from runtime import machine
+from runtime.build import BUFFER_BYTES, describe, resolve
 from runtime.errors import UnsupportedModelError
 from runtime.generate import main
 from runtime.profile import Profile, save_profile
@@ -106,10 +109,17 @@ def test_a_profile_says_what_runs_and_where_its_model_is(checkpoint: Path, tmp_p
         assert (engine.profile.cache.slots, engine.profile.cache.policy, engine.profile.prefetch.depth) == (7, "lru", 0)
 
 
-def test_more_slots_than_fit_are_clamped_with_a_note(checkpoint: Path) -> None:
+def test_slots_are_clamped_to_the_experts_there_are_and_to_the_memory_with_a_note(checkpoint: Path) -> None:
     with runtime.load(checkpoint, overrides={"cache.slots": 10_000}) as engine:
-        assert engine.profile.cache.slots == LAYERS * EXPERTS
-        assert any("10000 slots asked for" in note for note in engine.notes)
+        assert engine.profile.cache.slots == LAYERS * EXPERTS and not engine.notes
+    facts = describe(checkpoint)
+    fixed = machine.resident_bytes() + BUFFER_BYTES + facts.dense_bytes + machine.kv_cache_bytes(facts.config, 64, 1, 2)
+    limit = fixed + 64 * facts.slot_bytes
+    overrides = {"limits.max_memory_bytes": limit, "workload.context": 64, "cache.slots": "100%"}
+    facts_of_many = replace(facts, slot_bytes=16 * facts.slot_bytes)
+    profile, notes = resolve(Profile.default().with_overrides(overrides), facts_of_many)
+    assert 1 <= int(profile.cache.slots or 0) <= 4
+    assert "24 slots asked for" in notes[0] and "fit the memory" in notes[0]
 
 
 def test_the_command_line_writes_text_figures_and_a_trace(

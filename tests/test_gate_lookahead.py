@@ -98,5 +98,6 @@ def test_asking_leaves_hooks_on_routers_alone() -> None:
     tap = RouterInput(routers[0])
     routers[0](torch.ones(2, 3, HIDDEN))
     assert tap() is not None and tap().shape == (6, HIDDEN)  # type: ignore[union-attr]
-    GateLookahead([LookaheadRouter(r, None) for r in routers], EXPERTS, 1).observe(0, _observation(torch.ones(1, HIDDEN)))
+    predictor = GateLookahead([LookaheadRouter(router, None) for router in routers], EXPERTS, depth=1)
+    predictor.observe(0, _observation(torch.ones(1, HIDDEN)))
     assert not seen

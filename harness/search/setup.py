@@ -6,7 +6,7 @@ import datetime
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,8 @@ class Texts:
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # texts longer than the model's context are cut anyway
-        return AutoTokenizer.from_pretrained(self._model)
+        tokenizer = AutoTokenizer.from_pretrained(self._model)
+        return cache(lambda text, **options: tokenizer(text, **options))  # every text is cut several times
 
     def requests(self, sizes: Sizes) -> dict[Part, tuple[TokenRequest, ...]]:
         """Both parts. Raises WorkloadError when one has too little text."""

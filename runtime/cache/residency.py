@@ -132,8 +132,7 @@ def _assign(state, expert, slot):  # type: ignore[no-untyped-def]
 
 @njit
 def _observe(state, per_layer, layer, demand, tokens, num_tokens, alphas):  # type: ignore[no-untyped-def]
-    """Advance the statistics of the layer's experts by `num_tokens` tokens, `tokens[i]` of which chose
-    `demand[i]`."""
+    """Advance the layer's statistics by `num_tokens` tokens, `tokens[i]` of which chose `demand[i]`."""
     keep_fast, keep_slow = (1.0 - alphas[0]) ** num_tokens, (1.0 - alphas[1]) ** num_tokens
     for expert in range(layer * per_layer, (layer + 1) * per_layer):
         state.fast[expert] *= keep_fast
@@ -190,8 +189,7 @@ def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None]]:
 
     @njit(cache=True)
     def prefetch(state, policy, per_layer, layer, wanted, steps_ahead, slots):  # type: ignore[no-untyped-def]
-        """Slots for forecast experts, most urgent first; -1 where it is resident already or nothing may be evicted
-        for it."""
+        """Slots for forecast experts, most urgent first; -1 where one is resident or nothing may be evicted for it."""
         len(formulas)
         now = state.now[0]
         for i in range(wanted.size):
