@@ -123,6 +123,8 @@ def _contest(setup: Setup, options: argparse.Namespace, warm: TokenRequest, use_
         threads=setup.threads,
         sizes=setup.sizes,
         top_k=setup.facts.top_k,
+        num_pools=setup.facts.num_pools,
+        context=options.prompt_tokens + options.tokens,
         use_cgroup=use_cgroup,
         warm_request=warm,
         num_tokens=options.tokens,

@@ -113,16 +113,27 @@ def multi_hot(experts: np.ndarray, num_experts: int) -> np.ndarray:
     return flags
 
 
-def domain_information(routings: list[Routing], num_experts: int) -> float:
-    """Mutual information of expert and kind in bits, mean over layers; every kind weighs the same."""
-    tasks = sorted({routing.task for routing in routings})
-    layers = routings[0].experts.shape[0]
-    use = np.zeros((layers, len(tasks), num_experts))
-    for routing in routings:
-        use[:, tasks.index(routing.task)] += multi_hot(routing.experts, num_experts).sum(1)
-    joint = use / use.sum(-1, keepdims=True) / len(tasks)
+def _information(use: np.ndarray, tasks: np.ndarray) -> float:
+    """Mutual information in bits of expert and kind, mean over layers, kinds weighted equally; `use` [passages, layers, E]."""
+    kinds = np.unique(tasks)
+    by_kind = np.stack([use[tasks == kind].sum(0) for kind in kinds], axis=1)
+    joint = by_kind / by_kind.sum(-1, keepdims=True) / len(kinds)
     independent = joint.sum(1, keepdims=True) * joint.sum(2, keepdims=True)
-    return float((joint * np.log2(np.where(joint > 0, joint / independent, 1))).sum((1, 2)).mean())
+    ratio = np.divide(joint, independent, out=np.ones_like(joint), where=joint > 0)
+    return float((joint * np.log2(ratio)).sum((1, 2)).mean())
+
+
+def domain_information(routings: list[Routing], num_experts: int, shuffles: int = 50) -> tuple[float, float]:
+    """(plug-in, corrected) mutual information of expert and kind in bits.
+
+    Experts that belong to a passage rather than to a kind carry information in a finite sample too, and an untrained
+    model's do. `corrected` subtracts the mean over shuffles of the kinds between passages: about 0 where kind plays no part.
+    """
+    use = np.stack([multi_hot(routing.experts, num_experts).sum(1) for routing in routings])
+    tasks = np.array([routing.task for routing in routings])
+    plug_in = _information(use, tasks)
+    generator = np.random.default_rng(0)
+    return plug_in, plug_in - float(np.mean([_information(use, generator.permutation(tasks)) for _ in range(shuffles)]))
 
 
 def gini(use: np.ndarray) -> float:
@@ -194,7 +205,7 @@ def table(model: Qwen3MoeForCausalLM, passages: list[Passage]) -> dict[str, str]
             *(linear_recall(routings, experts, n) for n in (1, 2))
         ),
         "gate lookahead one layer, @k / @2k": pair(*(lookahead_recall(routings, n) for n in (1, 2))),
-        "mutual information expert-kind, bits": f"{domain_information(routings, experts):.2f}",
+        "mutual information expert-kind, bits: plug-in / corrected": pair(*domain_information(routings, experts)),
     }
 
 

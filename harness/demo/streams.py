@@ -111,7 +111,9 @@ def held_out_passages(tokenizer: PreTrainedTokenizerFast, documents: list[text.D
     """
     for kind in text.KINDS:
         texts = [document.text for document in documents if document.kind == kind]
-        passages = [item for item in texts if SHORT_TOKENS <= len(tokenizer(item, verbose=False)["input_ids"]) <= MAX_TOKENS]
+        passages = [
+            item for item in texts if SHORT_TOKENS <= len(tokenizer(item, verbose=False)["input_ids"]) <= MAX_TOKENS
+        ]
         if len(passages) < MIN_PASSAGES:
             passages = list(_recut(tokenizer, texts))
         for number, passage in enumerate(passages[:PASSAGES]):

@@ -118,12 +118,14 @@ def tokens_equal(rows: Mapping[str, Row]) -> bool | None:
 
 
 def attainable_rates(rows: Mapping[str, Row]) -> dict[int, float]:
-    """Per block, tokens/s of the slower of the reference and the replay of our needed loads."""
+    """Per block, tokens/s of the slower of the reference and the replay of our needed loads; both measured."""
     ours, reference = rows["ours"], rows["reference"]
     resident = reference.rates()
     found = {}
     for block in ours.samples.keys() & resident.keys():
         sample = ours.samples[block]
+        if sample["replay_s"] is None:
+            continue
         replayed = sample["decode_tokens"] / sample["replay_s"] if sample["replay_s"] > 0 else float("inf")
         found[block] = min(resident[block], replayed)
     return found

@@ -76,18 +76,22 @@ class Contender:
 class EngineContender(Contender):
     """Our engine, offloaded: counts what its cache and its transfer did."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, has_one_pool: bool) -> None:
         super().__init__(engine.model)
         self._engine = engine
         self._needed: tuple[Load, ...] = ()
+        self._has_one_pool = has_one_pool
 
     def facts(self) -> JsonDict:
         """Adds the slots and the notes of the engine."""
         return {**super().facts(), "slots": self._engine.profile.cache.slots, "notes": list(self._engine.notes)}
 
     def replay_loads(self) -> JsonDict:
-        """Time the loads that the last run's decode needed, through the same transfer, without compute."""
-        return {"replay_s": self._engine.replay_loads(self._needed)}
+        """Time the loads that the last run's decode needed, through the same transfer, without compute.
+
+        None for a model whose experts differ in shape: the engine then has several pools and replays none of them.
+        """
+        return {"replay_s": self._engine.replay_loads(self._needed) if self._has_one_pool else None}
 
     def close(self) -> JsonDict:
         """Stop the I/O threads."""
@@ -145,8 +149,10 @@ def build(spec: JsonDict) -> Contender:
         source, checkpoint = (model, None) if profile is None else (profile, model)
         if kind == "reference":
             return ReferenceContender(runtime.load_reference(source, checkpoint, overrides=spec["overrides"]))
+        from runtime.build import describe
+
         engine = runtime.load(source, checkpoint, overrides=spec["overrides"], record_loads=True)
-        return EngineContender(engine)
+        return EngineContender(engine, describe(model).num_pools == 1)
     from harness.measure import baselines
 
     if kind == "resident":

@@ -23,6 +23,7 @@ MIN_SLOTS_STEP = 16
 class Contest:
     """What all contenders share.
 
+    `num_pools` slots, one per shape of experts, are the fewest that our engine runs with; `context` is in tokens.
     `fused` is accelerate's copy of the checkpoint, `scratch` a folder that it may write to; `say` shows progress.
     """
 
@@ -31,6 +32,8 @@ class Contest:
     threads: int
     sizes: ModelBytes
     top_k: int
+    num_pools: int
+    context: int
     use_cgroup: bool
     warm_request: TokenRequest
     num_tokens: int
@@ -46,7 +49,7 @@ class Contest:
     def on_demand_spec(self) -> Spec:
         """Our engine without a cache: as many slots as one token's layer needs, so the next layer replaces them all."""
         nothing_kept = {"cache.policy": "lru", "prefetch.depth": 0, "predictor.kind": "none"}
-        return self.engine_spec(self.top_k, **nothing_kept)
+        return self.engine_spec(self.top_k * self.num_pools, **nothing_kept)
 
     def reference_spec(self) -> Spec:
         """The resident model through our kernels."""
@@ -63,7 +66,7 @@ class Contest:
 
     @property
     def _own(self) -> dict[str, Any]:
-        return {"compute.threads": self.threads}
+        return {"compute.threads": self.threads, "workload.context": self.context}
 
     def start(self, name: str, spec: Spec, limit_bytes: int | None) -> Any:
         """A context manager: the running process; see `process.start`."""
@@ -71,12 +74,12 @@ class Contest:
 
 
 def measure_process_bytes(contest: Contest) -> int:
-    """What our process needs beside weights and slots: its peak with one slot and the prompt, less both."""
-    with contest.start("process", contest.engine_spec(1), None) as process:
+    """What our process needs beside weights and slots: its peak with the fewest slots and the prompt, less both."""
+    with contest.start("process", contest.engine_spec(contest.num_pools), None) as process:
         row = Row("ours", process)
         warm_up(row, contest.warm_request, PROBE_TOKENS, contest.cap_s)
         peak = process.peak_bytes or process.ask("facts", timeout_s=30.0)["peak_resident_bytes"]
-    return int(peak) - contest.sizes.dense_bytes - contest.sizes.slot_bytes
+    return int(peak) - contest.sizes.dense_bytes - contest.num_pools * contest.sizes.slot_bytes
 
 
 class Field:

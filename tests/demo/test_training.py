@@ -18,7 +18,12 @@ from runtime.errors import ExpertFlowError
 TINY = MODEL | {"vocab_size": 64, "hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2,
     "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "num_attention_heads": 2}  # fmt: skip
 RECIPE = Recipe(
-    stages=(Stage(3, 2, 16), Stage(3, 1, 48)), processes=1, warmup_steps=2, checkpoint_every=2, evaluate_every=1, model=TINY
+    stages=(Stage(3, 2, 16), Stage(3, 1, 48)),
+    processes=1,
+    warmup_steps=2,
+    checkpoint_every=2,
+    evaluate_every=1,
+    model=TINY,
 )
 
 

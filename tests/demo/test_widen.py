@@ -85,7 +85,8 @@ def load_shards(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_untied_model_with_dense_layer_and_biases(tmp_path: Path) -> None:
-    config = Qwen3MoeConfig(vocab_size=50, hidden_size=32, intermediate_size=24, moe_intermediate_size=16, num_experts=4,
+    config = Qwen3MoeConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=24, moe_intermediate_size=16, num_experts=4,
         num_hidden_layers=3, num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         mlp_only_layers=[1], tie_word_embeddings=False, attention_bias=True)  # fmt: skip
     torch.manual_seed(0)

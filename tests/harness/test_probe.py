@@ -53,7 +53,7 @@ def test_a_gpu_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from harness.hardware.nvml import read_gpus
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(DeviceError, match="--gpu 1: .*CUDA; run with --device cpu"):
+    with pytest.raises(DeviceError, match=r"--gpu 1: .*CUDA; run with --device cpu"):
         check_gpu(1, read_gpus(FakeNvml()))
     none = NvmlReadings(Reading(0), Reading("580"))
     with pytest.raises(DeviceError, match="no GPU at all; run with --device cpu"):

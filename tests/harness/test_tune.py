@@ -14,7 +14,7 @@ import pytest
 from test_study import LIMIT, machine, ok, open_study, space
 
 from harness import tune
-from harness.measure.workload import Part
+from harness.measure.workload import HELDOUT, Part
 from harness.search.loop import choose, search
 from harness.search.outcome import Kind, Outcome
 from harness.search.setup import Setup
@@ -42,17 +42,14 @@ def _timed(outcome: Outcome, wall_s: float) -> Outcome:
 
 
 def test_the_search_ends_when_half_a_trial_no_longer_fits(tmp_path: Path) -> None:
-    now = itertools.count(0, 10)
-    watcher = Silent()
-    why = search(
-        open_study(tmp_path),
-        lambda params: _timed(machine(params), 10.0),
-        watcher,
-        budget_s=45,
-        num_trials=None,
-        clock=lambda: next(now),
-    )
-    assert why == "time budget of 45 s" and watcher.trials == [1, 2, 3, 4]
+    now, watcher = [0.0], Silent()
+
+    def measure(params: Params) -> Outcome:
+        now[0] += 10.0
+        return _timed(machine(params), 10.0)
+
+    why = search(open_study(tmp_path), measure, watcher, budget_s=46, num_trials=None, clock=lambda: now[0])
+    assert why == "time budget of 46 s" and watcher.trials == [1, 2, 3, 4, 5]
 
 
 def test_the_default_is_measured_however_short_the_time(tmp_path: Path) -> None:
@@ -174,11 +171,19 @@ def test_a_limit_below_one_expert_is_one_line_and_leaves_nothing(
 
 
 def test_a_dense_model_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_hidden_layers": 1}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
     (home / "dense").mkdir()
     (home / "dense" / "config.json").write_text(json.dumps(config))
     assert tune.main(["--model", "dense"]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and [path.name for path in home.iterdir()] == ["dense"]
+
+
+@pytest.fixture
+def text(home: Path) -> list[str]:
+    """A short workload, as arguments."""
+    lines = HELDOUT.read_text().splitlines()
+    (home / "text.jsonl").write_text("\n".join(lines[:: len(lines) // 12]))
+    return ["--workload", "text.jsonl"]
 
 
 @pytest.fixture
@@ -190,9 +195,11 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "measure_curve", lambda *given: whole(*given, budget_s=0.1))
 
 
-def test_all_of_it_for_real(home: Path, tiny_checkpoint: Path, brief: None, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", str(tiny_checkpoint), "--trials", "3", "--out", "run", "--concurrency", "2"]
-    assert tune.main([*arguments, "--set", "prefetch.depth=1", "--time-budget", "60s"]) == 0
+def test_all_of_it_for_real(
+    home: Path, tiny_checkpoint: Path, text: list[str], brief: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(tiny_checkpoint), "--trials", "3", "--out", "run", "--concurrency", "2", *text]
+    assert tune.main([*arguments, "--set", "prefetch.depth=1", "--time-budget", "1h"]) == 0
     out = capsys.readouterr().out
     profile_path = home / "profiles" / f"{tiny_checkpoint.name}-cpu.yaml"
     assert out.splitlines()[-1].startswith("next: ") and str(profile_path.relative_to(home)) in out.splitlines()[-1]
@@ -218,6 +225,7 @@ def test_all_of_it_for_real(home: Path, tiny_checkpoint: Path, brief: None, caps
 def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(
     home: Path,
     tiny_checkpoint: Path,
+    text: list[str],
     brief: None,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -236,7 +244,7 @@ def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(
         return Fake()
 
     monkeypatch.setattr(Setup, "measurer", measurer)
-    arguments = ["--model", str(tiny_checkpoint), "--trials", "4", "--out", "run"]
+    arguments = ["--model", str(tiny_checkpoint), "--trials", "4", "--out", "run", *text]
     assert tune.main(arguments) == 130
     error = capsys.readouterr().err
     assert "2 trials are kept in run" in error and "unconfirmed" in error and error.rstrip().endswith("interrupted")
