@@ -130,6 +130,7 @@ def _contest(setup: Setup, options: argparse.Namespace, warm: TokenRequest, use_
         num_tokens=options.tokens,
         cap_s=BLOCK_CAP_S,
         fused=fused,
+        files=tuple(sorted({*checkpoint_files(setup.model), *checkpoint_files(fused)})),
         scratch=scratch,
         say=lambda text: tqdm.write(text, file=sys.stderr),
     )
@@ -150,7 +151,6 @@ def _start_all(setup: Setup, running: Field) -> None:
 def _measure(
     setup: Setup, contest: Contest, limit: Limit, requests: tuple[TokenRequest, ...], out: RawFile
 ) -> Findings:
-    files = sorted({*checkpoint_files(setup.model), *checkpoint_files(contest.fused)})
     with field(contest, limit) as running:
         _start_all(setup, running)
         rows = running.rows
@@ -158,7 +158,7 @@ def _measure(
             run_blocks(
                 list(rows.values()),
                 requests,
-                [*files, *contest.scratch.rglob("*.dat")],
+                [*contest.files, *contest.scratch.rglob("*.dat")],
                 cap_s=contest.cap_s,
                 on_sample=lambda row: bar.update(),
                 on_block=lambda: out.save(rows),

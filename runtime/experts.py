@@ -124,7 +124,7 @@ class EagerKernel(Kernel):
         self._waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def add(self, expert: int, weights: Weights) -> None:
-        rank, token = torch.where(expert == self.index.T)
+        rank, token = torch.nonzero(torch.eq(self.index.T, expert), as_tuple=True)
         rows = self._feed_forward(expert, self._cast(self.hidden[token]), weights)
         rows = rows * self._cast(self.weights[token, rank, None])
         self._waiting[expert] = (token, rows.to(self._final.dtype))

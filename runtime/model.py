@@ -26,8 +26,18 @@ from runtime.transfer.store import ExpertLayer, ExpertParameter
 
 # MoE families that do not use transformers' experts interface; everything else without experts modules is dense.
 UNSUPPORTED_FAMILIES = frozenset(
-    ["dbrx", "doge", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "step3p7", "step3p7_text",
-    "switch_transformers"]
+    [
+        "dbrx",
+        "doge",
+        "jetmoe",
+        "llama4",
+        "llama4_text",
+        "longcat_flash",
+        "nllb-moe",
+        "step3p7",
+        "step3p7_text",
+        "switch_transformers",
+    ]
 )
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -129,6 +139,8 @@ def load_offloaded(model: str, *, dtype: torch.dtype | str = "auto") -> LoadedMo
     found: list[tuple[Any, ExpertLayer]] = []
     stripped = _stripped_class(model_class(config), found)
     loaded = stripped.from_pretrained(model, config=config, dtype=dtype).eval()
+    # Put back for the store, which finds tied experts under the name that the checkpoint has them by.
+    loaded.all_tied_weights_keys |= loaded._tied_experts
     return LoadedModel(loaded, tuple(m for m, _ in found), tuple(layer for _, layer in found), files)
 
 
@@ -191,9 +203,13 @@ def _router_and_norm(model: PreTrainedModel, layer: ExpertLayer) -> tuple[nn.Mod
 def _stripped_class(base: type[PreTrainedModel], found: list[tuple[Any, ExpertLayer]]) -> type[PreTrainedModel]:
     """`base` without the parameters of its experts modules, which are listed in `found` when it is built."""
 
-    def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)
         found.extend(_experts_modules(self))
+        stripped = {f"{layer.prefix}.{parameter.name}" for _, layer in found for parameter in layer.parameters}
+        self._tied_experts = {name: to for name, to in self.all_tied_weights_keys.items() if name in stripped}
+        for name in self._tied_experts:
+            del self.all_tied_weights_keys[name]
         for module, layer in found:
             for parameter in layer.parameters:
                 del module._parameters[parameter.name]

@@ -116,9 +116,7 @@ def test_a_read_that_fails_in_the_middle_of_generation(
     assert "Input/output error" in said and "model.safetensors" in said and "MoE layer" in said
 
 
-def test_a_profile_made_for_another_model(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_profile_made_for_another_model(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = save_tiny(tmp_path / "other", experts=4)
     identity = describe(checkpoint).identity.model_dump()
     profile = Profile.default().with_overrides({"match.model": identity, "match.device": "cpu"})
@@ -136,9 +134,7 @@ def test_a_profile_made_for_another_model(
     ],
     ids=["unknown key", "duplicate key", "newer schema"],
 )
-def test_a_profile_with_a_mistake(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
-) -> None:
+def test_a_profile_with_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str) -> None:
     (tmp_path / "p.yaml").write_text(text)
     assert expected in _refused(capsys, "--profile", str(tmp_path / "p.yaml"))
 

@@ -80,6 +80,7 @@ def _check(family: Family, dtype: torch.dtype, folder: Path) -> None:
         for budget, slots in _budgets(describe(checkpoint)).items():
             overrides = {"cache.slots": slots, "prefetch.depth": 1, "prefetch.count": 2}
             with runtime.load(checkpoint, overrides=overrides) as engine:
+                realign(engine.model)
                 for kernel in KERNELS:
                     _use(engine, kernel)
                     where = f"{family.name} {dtype} {layout} {budget} {kernel}"

@@ -71,6 +71,12 @@ class Row:
         lookups = sum(each["num_lookups"] for each in stats)
         return sum(each["num_hits"] for each in stats) / lookups if lookups else None
 
+    def stall_share(self) -> float | None:
+        """Share of the decode time in which compute waited for experts; None for a contender that does not say."""
+        told = [sample for sample in self.samples.values() if "stats" in sample]
+        seconds = sum(sample["decode_s"] for sample in told)
+        return sum(sample["stats"]["stall_s"] for sample in told) / seconds if seconds else None
+
 
 def paired(top: dict[int, float], bottom: dict[int, float]) -> Ratio | None:
     """Ratio over the blocks that both have; None when there are none."""

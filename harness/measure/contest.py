@@ -12,6 +12,7 @@ from typing import Any
 from harness.measure import process as processes
 from harness.measure.blocks import PROBE_TOKENS, Row, warm_up
 from harness.measure.limits import Limit, ModelBytes, smallest_working
+from harness.measure.pages import drop_pages
 from harness.measure.process import ContenderFailed, Spec
 from harness.measure.workload import TokenRequest
 
@@ -24,7 +25,8 @@ class Contest:
     """What all contenders share.
 
     `num_pools` slots, one per shape of experts, are the fewest that our engine runs with; `context` is in tokens.
-    `fused` is accelerate's copy of the checkpoint, `scratch` a folder that it may write to; `say` shows progress.
+    `fused` is accelerate's copy of the checkpoint, `files` are those of both; accelerate may write to `scratch`; `say`
+    shows progress.
     """
 
     model: str
@@ -39,6 +41,7 @@ class Contest:
     num_tokens: int
     cap_s: float
     fused: str
+    files: tuple[Path, ...]
     scratch: Path
     say: Callable[[str], None]
 
@@ -163,6 +166,7 @@ class Field:
         try:
             label = f"{name}-{spec.implementation}" if spec.implementation else name
             row.process = stack.enter_context(self._contest.start(label, spec, limit_bytes))
+            drop_pages(self._contest.files)
             warm_up(row, self._contest.warm_request, self._contest.num_tokens, self._contest.cap_s)
         except ContenderFailed as error:
             stack.close()

@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from runtime.build import BUFFER_BYTES
 from runtime.errors import BudgetError, UsageError
 from runtime.machine import format_bytes
 
-MARGIN_BYTES = 64 << 20
+# The reserve that the engine itself keeps: with less it would take fewer slots than asked for.
+MARGIN_BYTES = BUFFER_BYTES
 MAX_TRIES = 5
 
 

@@ -11,7 +11,7 @@ from runtime.errors import UsageError
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _TRIALS_WANTED = 15
-_MIN_TIMEOUT_S = 60.0
+_MIN_TIMEOUT_S = 120.0
 _CONFIRM_SHARE = 0.4
 _MIN_PAIRS, _MAX_PAIRS = 3, 6
 

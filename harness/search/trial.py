@@ -30,6 +30,7 @@ from runtime.errors import BudgetError, ExpertFlowError
 Work = Callable[[Any], dict[str, Any]]
 
 _PRELOAD = ["torch", "transformers", "runtime.build", "harness.measure.runner", "harness.search.trial"]
+_ROOT = Path(__file__).parents[2]
 _PR_SET_PDEATHSIG = 1
 _WARM_UP_TOKENS = (8, 3)
 _EXIT_GRACE_S = 10.0
@@ -143,12 +144,21 @@ class TrialRunner:
 
 
 def _start_server() -> None:
-    """Start the fork server with Ctrl-C blocked: it goes to the whole foreground group, and is for the tuner alone."""
+    """Start the fork server with Ctrl-C blocked: it goes to the whole foreground group, and is for the tuner alone.
+
+    Python before 3.11.9 and 3.12.3 does not pass `sys.path` on (gh-117378) and leaves out what it then cannot import.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *([path] if path else [])])
     try:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
 
 
 def _child(sender: Any, log: str, work: Work, argument: Any) -> None:

@@ -24,7 +24,14 @@ class FakeProcess:
             return {"replay_s": 0.5}
         num_tokens = len(arguments["output_ids"])
         self.peak_bytes += 1
-        counted = {"needed_loads": 4, "stats": {"num_lookups": 8, "num_hits": 6}} if "slots" in self.facts else {}
+        counted = (
+            {
+                "needed_loads": 4,
+                "stats": {"num_lookups": 8, "num_hits": 6, "stall_s": 1.0, "busy_s": 9.0, "num_loads": 4},
+            }
+            if "slots" in self.facts
+            else {}
+        )
         return {
             "decode_s": (num_tokens - 1) / self.tokens_per_s,
             "decode_tokens": num_tokens - 1,

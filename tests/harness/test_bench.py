@@ -84,8 +84,8 @@ def test_a_contender_that_never_works_has_no_smallest_limit() -> None:
 def _contest(tmp_path: Path, **changes: Any) -> Contest:
     known = {
         "model": "m", "profile": None, "threads": 1, "sizes": SIZES, "top_k": 4, "num_pools": 1, "context": 23,
-        "use_cgroup": True, "warm_request": REQUEST, "num_tokens": 20, "cap_s": 10.0, "fused": "f", "scratch": tmp_path,
-        "say": lambda text: None,
+        "use_cgroup": True, "warm_request": REQUEST, "num_tokens": 20, "cap_s": 10.0, "fused": "f", "files": (),
+        "scratch": tmp_path, "say": lambda text: None,
     }  # fmt: skip
     return Contest(**{**known, **changes})
 
@@ -223,6 +223,7 @@ def test_the_table_has_a_line_per_contender(rows: dict[str, Row]) -> None:
     notes = "\n".join(lines[5:])
     assert "ours: page cache not limited" in notes and "our kernels: page cache" not in notes
     assert "experts implementation eager" in notes
+    assert "ours: waited for experts 42% of the time" in notes  # 1 s of 19 tokens at 8 tokens/s
 
 
 def test_cached_pages_beyond_the_dense_weights_are_told(rows: dict[str, Row]) -> None:
@@ -263,6 +264,18 @@ def test_a_replay_slower_than_the_resident_model_is_what_is_attainable(rows: dic
     for sample in rows["ours"].samples.values():
         sample["replay_s"] = 3.8
     assert report.attainable_rates(rows) == pytest.approx({0: 5.0, 1: 5.0, 2: 5.0})
+
+
+def test_a_run_whose_transfer_was_faster_than_the_replay_counts_instead(rows: dict[str, Row]) -> None:
+    for sample in rows["ours"].samples.values():
+        sample |= {"replay_s": 100.0, "stats": {**sample["stats"], "busy_s": 7.6, "num_loads": 8}}
+    assert report.attainable_rates(rows) == pytest.approx({0: 5.0, 1: 5.0, 2: 5.0})  # half of the loads were needed
+
+
+def test_a_model_with_several_pools_has_no_ladder(rows: dict[str, Row]) -> None:
+    for sample in rows["ours"].samples.values():
+        sample["replay_s"] = None
+    assert report.ladder(rows, FACTS, 1e3) is None
 
 
 @pytest.mark.parametrize(("peak", "verdict"), [(500_000_300, "PASS"), (500_000_301, "OVER")])
