@@ -213,7 +213,9 @@ def _stripped_class(base: type[PreTrainedModel], found: list[tuple[Any, ExpertLa
         for module, layer in found:
             for parameter in layer.parameters:
                 del module._parameters[parameter.name]
-            module._is_hf_initialized = True  # else weight initialisation looks for what was taken away
+            # Else weight initialisation, of the module or the block around it, looks for what was taken away.
+            module._is_hf_initialized = True
+            self.get_submodule(layer.prefix.rpartition(".")[0])._is_hf_initialized = True
         self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | {
             rf"^{re.escape(layer.prefix)}\.(\d+\.)?[^.]*(\.weight|\.bias)?$" for _, layer in found
         }

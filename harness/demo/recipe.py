@@ -100,7 +100,7 @@ class Recipe:
 def build_model(recipe: Recipe) -> Qwen3MoeForCausalLM:
     """A freshly initialised fp32 model; the untrained control of the tests is this with the same seed."""
     torch.manual_seed(recipe.seed)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**recipe.model)).float()
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**recipe.model))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             small = "embed" in name or name.endswith("mlp.gate.weight")

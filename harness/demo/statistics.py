@@ -141,7 +141,8 @@ def domain_information(routings: list[Routing], num_experts: int) -> float:
 def information_on_unseen_text(routings: list[Routing], num_experts: int) -> float:
     """Bits about the kind of unseen passages: shares fitted on even passages and read on odd ones, and the reverse.
 
-    The fitted shares are mixed with their mean over kinds by the fraction that serves best, so 0 is the floor.
+    The fitted shares are mixed with their mean over kinds by the fraction that serves best, so 0 is the floor. Needs at least two passages
+    of each kind.
     """
     even, odd = (_use_by_kind(routings[part::2], num_experts) for part in (0, 1))
     results = []
@@ -227,15 +228,17 @@ def table(model: Qwen3MoeForCausalLM, passages: list[Passage]) -> dict[str, str]
 
 def untrained_control() -> Qwen3MoeForCausalLM:
     """The same architecture with the recipe's initialisation, fixed seed."""
-    return build_model(replace(Recipe(), seed=1)).eval()
+    model = build_model(replace(Recipe(), seed=1))
+    model.eval()
+    return model
 
 
 def run(arguments: list[str] | None = None) -> None:
     """Print the table as markdown."""
     parser = argparse.ArgumentParser(prog="python -m harness.demo.statistics", description=__doc__)
     parser.add_argument("--model", type=Path, default=bundled_model())
-    parser.add_argument("--passages", type=int, default=6, help="passages per kind")
-    parser.add_argument("--max-tokens", type=int, default=1200, help="tokens per passage")
+    parser.add_argument("--passages", type=int, default=10, help="passages per kind")
+    parser.add_argument("--max-tokens", type=int, default=600, help="tokens per passage")
     options = parser.parse_args(arguments)
     passages = load_passages(options.model, options.passages, options.max_tokens)
     trained = Qwen3MoeForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()

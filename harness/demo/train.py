@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -155,7 +156,7 @@ def export(out: Path) -> None:
     recipe = json.loads(state["recipe"])
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**recipe["model"]))
     model.load_state_dict(state["model"])
-    model = model.to(torch.bfloat16)
+    model.bfloat16()
     model.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
     model.save_pretrained(target)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
@@ -189,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
         prepare(options.out, options.root)
         with tempfile.TemporaryDirectory() as folder:
             recipe = Recipe()
-            torch.multiprocessing.spawn(_worker, (recipe, options.out, f"{folder}/rendezvous"), nprocs=recipe.processes)
+            spawn(_worker, (recipe, options.out, f"{folder}/rendezvous"), nprocs=recipe.processes)
     export(options.out)
     print(f"{options.out / 'model'} written after {time.monotonic() - started:.0f} s")
 

@@ -158,12 +158,16 @@ def _specs(source: Checkpoint, shape: Shape, layout: str) -> Iterator[TensorSpec
     """Experts first: their sizes are whole pages, so that all of them start on one when the data section does."""
     for layer in source.sparse_layers:
         yield from _expert_specs(source, layer, shape, layout)
-    repeat = shape.hidden_repeat
     for name in source.dense_names:
-        size = widen_dense(name, torch.empty(source.shape(name), device="meta"), repeat, source.tied).shape
-        yield TensorSpec(
-            name, tuple(size), lambda name=name: iter((widen_dense(name, source.tensor(name), repeat, source.tied),))
-        )
+        yield _dense_spec(source, name, shape.hidden_repeat)
+
+
+def _dense_spec(source: Checkpoint, name: str, repeat: int) -> TensorSpec:
+    def parts() -> Iterator[torch.Tensor]:
+        yield widen_dense(name, source.tensor(name), repeat, source.tied)
+
+    narrow = torch.empty(source.shape(name), device="meta")
+    return TensorSpec(name, tuple(widen_dense(name, narrow, repeat, source.tied).shape), parts)
 
 
 def _check_disk(folder: Path, needed_bytes: int) -> None:

@@ -13,7 +13,7 @@ _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _TRIALS_WANTED = 15
 _MIN_TIMEOUT_S = 120.0
 _CONFIRM_SHARE = 0.4
-_MIN_PAIRS, _MAX_PAIRS = 3, 6
+_MIN_PAIRS, _MAX_PAIRS = 3, 10
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,12 @@ class GateLookahead(Predictor):
 
 def lookahead_router(router: nn.Module, norm: nn.Module | None, hidden_size: int) -> LookaheadRouter | str:
     """The router ready to be asked, or the reason why it cannot be: it needs more than the hidden state."""
-    parameters = list(inspect.signature(router.forward).parameters.values())
-    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    if len(required) != 1:
-        return f"router {type(router).__name__} needs {', '.join(required)}, of which only the hidden state is at hand"
+    # An argument with a default counts too: routers that take a bias have None there and fail on it.
+    names = [
+        name for name, p in inspect.signature(router.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    if len(names) != 1:
+        return f"router {type(router).__name__} needs {', '.join(names)}, of which only the hidden state is at hand"
     return LookaheadRouter(router, None if norm is None else _gain(norm, hidden_size))
 
 

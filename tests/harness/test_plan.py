@@ -31,7 +31,7 @@ def test_a_fast_model_takes_the_largest_sizes_and_a_slow_one_the_smallest() -> N
     assert slow.num_requests == 16 and slow.context < fast.context
 
 
-@pytest.mark.parametrize(("pair_s", "pairs"), [(1000, 3), (30, 4), (1, 6)])
+@pytest.mark.parametrize(("pair_s", "pairs"), [(1000, 3), (30, 4), (1, 10)])
 def test_pairs_fill_their_share_of_the_time(pair_s: float, pairs: int) -> None:
     assert num_pairs(pair_s, 300) == pairs
 

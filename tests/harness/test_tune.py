@@ -195,9 +195,16 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "measure_curve", lambda *given: whole(*given, budget_s=0.1))
 
 
+@pytest.mark.slow
 def test_all_of_it_for_real(
-    home: Path, tiny_checkpoint: Path, text: list[str], brief: None, capsys: pytest.CaptureFixture[str]
+    home: Path,
+    tiny_checkpoint: Path,
+    text: list[str],
+    brief: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("harness.search.plan._MAX_PAIRS", 3)
     arguments = ["--model", str(tiny_checkpoint), "--trials", "3", "--out", "run", "--concurrency", "2", *text]
     assert tune.main([*arguments, "--set", "prefetch.depth=1", "--time-budget", "1h"]) == 0
     out = capsys.readouterr().out
