@@ -170,7 +170,9 @@ class RowKernel(Kernel):
     def result(self) -> torch.Tensor:
         if self._rows is None:
             return torch.zeros_like(self.hidden)
-        weighted = self._rows * self.weights.reshape(-1, 1)
+        weights = self.weights.reshape(-1, 1)
+        # In place where the product has the rows' dtype: a long prompt's rows are the largest activation there is.
+        weighted = self._rows.mul_(weights) if weights.dtype == self._rows.dtype else self._rows * weights
         return weighted.view(*self.index.shape, -1).sum(dim=1).to(self.hidden.dtype)
 
 

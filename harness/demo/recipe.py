@@ -98,7 +98,7 @@ class Recipe:
 
 
 def build_model(recipe: Recipe) -> Qwen3MoeForCausalLM:
-    """A freshly initialised fp32 model; the untrained control of the tests is this with the same seed."""
+    """The fp32 model that training starts from; with another seed, the untrained control of the tests."""
     torch.manual_seed(recipe.seed)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**recipe.model))
     for name, parameter in model.named_parameters():

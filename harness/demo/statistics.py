@@ -125,7 +125,8 @@ def _use_by_kind(routings: list[Routing], num_experts: int) -> np.ndarray:
 def _information(use: np.ndarray, model: np.ndarray) -> float:
     """Bits about the kind in an expert drawn from `use`, read by Bayes from the shares `model`; mean over layers."""
     kinds = use.shape[1]
-    ratio = kinds * np.divide(model, model.sum(1, keepdims=True), out=np.ones_like(model), where=model > 0)
+    total = np.broadcast_to(model.sum(1, keepdims=True), model.shape)
+    ratio = kinds * np.divide(model, total, out=np.full_like(model, 1 / kinds), where=total > 0)
     return float((use / kinds * np.log2(np.where(use > 0, np.maximum(ratio, 1e-9), 1))).sum((1, 2)).mean())
 
 
@@ -141,8 +142,8 @@ def domain_information(routings: list[Routing], num_experts: int) -> float:
 def information_on_unseen_text(routings: list[Routing], num_experts: int) -> float:
     """Bits about the kind of unseen passages: shares fitted on even passages and read on odd ones, and the reverse.
 
-    The fitted shares are mixed with their mean over kinds by the fraction that serves best, so 0 is the floor. Needs at least two passages
-    of each kind.
+    The fitted shares are mixed with their mean over kinds by the fraction that serves best, so 0 is the floor.
+    Needs at least two passages of each kind.
     """
     even, odd = (_use_by_kind(routings[part::2], num_experts) for part in (0, 1))
     results = []

@@ -55,8 +55,11 @@ def unit_repeats(source: int, target: int) -> tuple[int, ...]:
 
 
 def _intermediate_size(expert_bytes: int, hidden: int) -> int:
-    """Largest width at or below `expert_bytes` whose bf16 expert is a whole number of pages."""
-    step = PAGE_BYTES // math.gcd(6 * hidden, PAGE_BYTES)
+    """Largest width at or below `expert_bytes` whose bf16 expert is whole pages, and whose rows grouped_mm takes.
+
+    `torch.nn.functional.grouped_mm` refuses rows that are no multiple of 16 bytes.
+    """
+    step = math.lcm(PAGE_BYTES // math.gcd(6 * hidden, PAGE_BYTES), 8)
     return expert_bytes // (6 * hidden * step) * step
 
 

@@ -136,7 +136,7 @@ def attainable_rates(rows: Mapping[str, Row]) -> dict[int, float]:
 def _link_s(sample: Mapping[str, Any]) -> float | None:
     """Seconds that the needed loads take on the link: the replay, or the run itself where its transfer was faster.
 
-    The run's share is its time with loads under way, wasted loads taken out in proportion. Under other load a replay can
+    The run's share is its time with loads under way, wasted loads taken out in proportion. With other load a replay can
     come out slower; taking the faster of the two never flatters the fraction of attainable.
     """
     if sample["replay_s"] is None:

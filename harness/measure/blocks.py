@@ -106,7 +106,7 @@ def warm_up(row: Row, request: TokenRequest, num_tokens: int, cap_s: float) -> N
     assert row.process is not None
     warm = _run(row.process, request, min(PROBE_TOKENS, num_tokens))
     row.wanted_tokens, row.num_tokens = num_tokens, _tokens_within(cap_s, warm, num_tokens)
-    if row.num_tokens == num_tokens > PROBE_TOKENS:
+    if row.num_tokens == num_tokens > PROBE_TOKENS and "slots" in row.process.facts:  # an expert cache to fill
         warm = _run(row.process, request, num_tokens)
     row.warm_s_per_token = warm["decode_s"] / warm["decode_tokens"]
 

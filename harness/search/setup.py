@@ -171,10 +171,13 @@ def prepare(settings: Settings) -> Setup:
         memory = MemoryModel.of(facts, process_bytes=process_bytes, context=settings.context)
         limit_bytes = min(settings.max_memory_bytes or 1 << 62, process_bytes + machine.available_memory_bytes())
         num_slots_fit = memory.slots_that_fit(limit_bytes, base.scheduler.group)
-        print(f"memory     {memory.predict(num_slots_fit, base.scheduler.group).describe()} of "
-              f"{machine.format_bytes(limit_bytes)}, {num_slots_fit} of {memory.num_experts} experts")  # fmt: skip
         probe = take_probe(settings.model, facts, read_gpus(), io_threads=base.transfer.io_threads)
+        needs = memory.predict(num_slots_fit, base.scheduler.group)
         print(probe.describe())
+        print(
+            f"model      {facts.identity.architecture}, {num_slots_fit} of {memory.num_experts} experts fit", flush=True
+        )
+        print(f"needs      {needs.describe()} of {machine.format_bytes(limit_bytes)}", flush=True)
         if not kept:
             kept = _pilot(
                 runner, settings, base, texts, Setting(memory.num_experts, num_slots_fit, settings.concurrency)

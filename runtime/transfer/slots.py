@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -43,6 +44,10 @@ class SlotArena:
                 f"{num_slots} slots of {slot_bytes} bytes, {num_slots * slot_bytes} bytes in all, cannot be mapped "
                 f"({error}); take fewer slots"
             ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # O_DIRECT pins every page that it reads into: huge ones make that four times cheaper (results/LOG.md).
+            with contextlib.suppress(OSError):  # a kernel built without them
+                self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self._memory = memoryview(self._mapping)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 

@@ -140,7 +140,7 @@ def test_repeats_are_as_even_as_they_can_be() -> None:
 
 @pytest.mark.parametrize(
     ("expert_bytes", "widths"),
-    [(6 * MIB, (1024, 1024)), (MIB, (512, 340)), (24 * MIB, (2048, 2048)), (786_432, (256, 512))],
+    [(6 * MIB, (1024, 1024)), (MIB, (256, 680)), (24 * MIB, (2048, 2048)), (786_432, (256, 512))],
 )
 def test_chosen_shape_is_balanced_and_just_below_the_target(expert_bytes: int, widths: tuple[int, int]) -> None:
     shape = choose_shape(128, 64, expert_bytes)
