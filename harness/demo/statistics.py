@@ -119,7 +119,8 @@ def _use_by_kind(routings: list[Routing], num_experts: int) -> np.ndarray:
     use = np.zeros((routings[0].experts.shape[0], len(kinds), num_experts))
     for routing in routings:
         use[:, kinds.index(routing.task)] += multi_hot(routing.experts, num_experts).sum(1)
-    return use / use.sum(-1, keepdims=True)
+    shares: np.ndarray = use / use.sum(-1, keepdims=True)
+    return shares
 
 
 def _information(use: np.ndarray, model: np.ndarray) -> float:

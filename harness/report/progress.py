@@ -16,9 +16,8 @@ class Progress:
     """A `Watcher`. The bar counts seconds of the budget, or trials where their number is given."""
 
     def __init__(self, budget_s: float, num_trials: int | None) -> None:
-        tqdm.set_lock(
-            threading.RLock()
-        )  # its own would be a semaphore that the trials' resource tracker reports as leaked
+        # Its own lock would be a semaphore that the trials' resource tracker reports as leaked.
+        tqdm.set_lock(threading.RLock())
         self._start, self._by_trials = time.monotonic(), num_trials is not None
         self._bar = tqdm(
             total=num_trials if num_trials is not None else round(budget_s),

@@ -51,9 +51,12 @@ def measure(spec: TrialSpec) -> dict[str, Any]:
 
     Peak memory is that of the whole process from before loading on.
     """
+    from transformers.utils import logging
+
     import runtime
     from harness.measure.runner import replay
 
+    logging.disable_progress_bar()  # its lock is a semaphore, which a killed trial would leave behind
     machine.reset_peak()
     start = time.perf_counter()
     with runtime.load(spec.model, overrides=spec.overrides) as engine:

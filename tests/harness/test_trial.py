@@ -18,12 +18,11 @@ from harness.search.outcome import Kind, Outcome
 from harness.search.trial import TrialRunner, bare_process
 from runtime.errors import BudgetError, CheckpointError
 
-
 PRELOADED = {"torch", "transformers", "runtime.build", "harness.measure.runner"}
 
 
 def double(value: int) -> dict[str, Any]:
-    return {"value": 2 * value, "session": os.getsid(0), "pid": os.getpid(), "is_warm": PRELOADED <= set(sys.modules)}
+    return {"value": 2 * value, "session": os.getsid(0), "pid": os.getpid(), "is_warm": set(sys.modules) >= PRELOADED}
 
 
 def run_out(_: None) -> dict[str, Any]:
