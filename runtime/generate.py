@@ -39,10 +39,13 @@ def _run(options: argparse.Namespace) -> None:
     if options.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed")
     # Imported late: --help and mistakes in the arguments answer at once.
+    from transformers.utils.logging import disable_progress_bar
+
     from runtime.build import load
     from runtime.profile import parse_overrides
     from runtime.trace import write_trace
 
+    disable_progress_bar()
     source = options.profile or options.model
     model = options.model if options.profile else None
     with load(source, model, overrides=parse_overrides(options.set)) as engine:

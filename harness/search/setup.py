@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from harness.search.study import Study, open_storage, remembered
 from harness.search.trial import TrialRunner, TrialSpec, Work, bare_process, measure
 from runtime import machine
 from runtime.build import ModelFacts, describe
-from runtime.errors import ExpertFlowError
+from runtime.errors import ExpertFlowError, UsageError
 from runtime.profile import Profile
 
 _SETUP_TIMEOUT_S = 900.0
@@ -160,6 +161,8 @@ def prepare(settings: Settings) -> Setup:
         ExpertFlowError: something cannot be used, or the default does not run.
     """
     kept = _kept(settings)
+    for path in (settings.profile, settings.folder / "trials.csv"):
+        _check_writable(path)
     base = Profile.default().with_overrides({"workload.context": settings.context, **settings.fixed})
     facts = describe(settings.model)
     workload = load_workload(settings.workload)
@@ -194,6 +197,13 @@ def _kept(settings: Settings) -> dict[str, Any]:
     if settings.folder.exists():
         open_storage(settings.folder, resume=False)
     return {}
+
+
+def _check_writable(path: Path) -> None:
+    """Before minutes are spent: whether `path` can be written in the end."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{path} cannot be written; name another place with --out and --profile-out")
 
 
 def _pilot(runner: TrialRunner, settings: Settings, base: Profile, texts: Texts, setting: Setting) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--resume"], "--out"),
         (["--resume", "--out", "nowhere"], "holds no run"),
         (["--workload", "missing.jsonl"], "cannot be read"),
+        (["--profile-out", "/dev/null/p.yaml"], "cannot be written"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
