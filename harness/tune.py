@@ -83,7 +83,7 @@ def tune(settings: Settings) -> None:
     from harness.report.progress import Progress
     from harness.report.run_folder import write_profile, write_run
     from harness.report.tables import front_text
-    from harness.search.loop import choose, closest, search
+    from harness.search.loop import NothingRunsError, choose, closest, search
     from harness.search.setup import TuneError, prepare
 
     setup = prepare(settings)
@@ -94,7 +94,7 @@ def tune(settings: Settings) -> None:
     try:
         stop_reason = search(study, measurer, progress, budget_s=settings.budget_s, num_trials=settings.num_trials)
         choice = choose(study, measurer, partial(measurer, part="confirm"), progress, budget_s=settings.budget_s)
-    except LookupError:
+    except NothingRunsError:
         write_run(setup, study, None, "nothing can be used")
         raise TuneError(f"no configuration runs within the limit: {closest(study)}; see {settings.folder}") from None
     except KeyboardInterrupt:

@@ -15,6 +15,10 @@ from harness.search.space import Params
 from harness.search.study import Proposal, Study
 
 
+class NothingRunsError(Exception):
+    """No configuration that was tried runs within the limit."""
+
+
 class Watcher(Protocol):
     """Is told about every run."""
 
@@ -82,14 +86,14 @@ def choose(study: Study, measure: Measure, measure_unseen: Measure, watcher: Wat
         budget_s: of the search; confirming takes its share of as much again.
 
     Raises:
-        LookupError: nothing was tried that runs within the limit.
+        NothingRunsError: nothing was tried that runs within the limit.
     """
     default = study.space.default
     again = run_one(study, study.propose(default), measure)
     tried = study.tried()
     within = feasible(tried, study.max_memory_bytes)
     if not within:
-        raise LookupError("no configuration runs within the limit")
+        raise NothingRunsError
     best = within[0]
     baseline = next((one for one in within if one.params == default), None)
     if baseline is None:

@@ -15,7 +15,7 @@ from test_study import LIMIT, machine, ok, open_study, space
 
 from harness import tune
 from harness.measure.workload import HELDOUT, Part
-from harness.search.loop import choose, search
+from harness.search.loop import NothingRunsError, choose, closest, search
 from harness.search.outcome import Kind, Outcome
 from harness.search.setup import Setup
 from harness.search.space import Params
@@ -126,8 +126,10 @@ def test_where_nothing_runs_there_is_no_choice(tmp_path: Path) -> None:
     def too_large(params: Params) -> Outcome:
         return ok(1.0, LIMIT + 1)
 
-    with pytest.raises(LookupError):
-        choose(_searched(tmp_path, too_large), too_large, too_large, Silent(), budget_s=60)
+    study = _searched(tmp_path, too_large)
+    with pytest.raises(NothingRunsError):
+        choose(study, too_large, too_large, Silent(), budget_s=60)
+    assert closest(study) == f"the smallest configuration peaked at {LIMIT + 1} bytes"
 
 
 @pytest.fixture
