@@ -91,6 +91,18 @@ def test_a_router_that_needs_more_is_named_with_what_it_needs() -> None:
     assert reason == "router NeedsTokens needs hidden_states, input_ids, of which only the hidden state is at hand"
 
 
+class LogitsOnly(Router):
+    """As some families of older transformers have it."""
+
+    def forward(self, hidden_states: torch.Tensor):  # type: ignore[no-untyped-def,override]
+        return super().forward(hidden_states)[0]
+
+
+def test_a_router_that_answers_otherwise_is_not_asked() -> None:
+    reason = lookahead_router(LogitsOnly(torch.zeros(EXPERTS, HIDDEN)), None, HIDDEN)
+    assert reason == "router LogitsOnly does not answer (logits, weights, indices)"
+
+
 def test_asking_leaves_hooks_on_routers_alone() -> None:
     routers = _routers(2)
     seen: list[object] = []

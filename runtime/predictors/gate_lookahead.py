@@ -85,7 +85,22 @@ def lookahead_router(router: nn.Module, norm: nn.Module | None, hidden_size: int
     ]
     if len(names) != 1:
         return f"router {type(router).__name__} needs {', '.join(names)}, of which only the hidden state is at hand"
+    if not _answers(router):
+        return f"router {type(router).__name__} does not answer (logits, weights, indices)"
     return LookaheadRouter(router, None if norm is None else _gain(norm, hidden_size))
+
+
+@torch.inference_mode()
+def _answers(router: nn.Module) -> bool:
+    """Whether the router gives logits [tokens, experts], weights and expert indices [tokens, k] for hidden states."""
+    weight = next(p for p in router.parameters(recurse=False) if p.ndim == 2)
+    answer = router.forward(torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device))
+    return (
+        isinstance(answer, tuple)
+        and len(answer) >= 3
+        and answer[0].shape == (1, weight.shape[0])
+        and not answer[2].is_floating_point()
+    )
 
 
 @torch.inference_mode()
