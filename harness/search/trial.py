@@ -22,6 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from harness.hardware.memory import map_files_like
 from harness.measure.workload import TokenRequest
 from harness.search.outcome import Kind, Measurement, Outcome
 from runtime import machine
@@ -171,6 +172,7 @@ def _child(sender: Any, log: str, work: Work, argument: Any) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.close(descriptor)
+    map_files_like(os.getppid())
     kind, message, result = _answer(work, argument)
     sys.stdout.flush()
     sys.stderr.flush()

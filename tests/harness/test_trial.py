@@ -25,6 +25,14 @@ def double(value: int) -> dict[str, Any]:
     return {"value": 2 * value, "session": os.getsid(0), "pid": os.getpid(), "is_warm": set(sys.modules) >= PRELOADED}
 
 
+def resident_files(_: None) -> dict[str, Any]:
+    def of(pid: int) -> int:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile:"))
+
+    return {"own": of(os.getpid()), "server": of(os.getppid())}
+
+
 def run_out(_: None) -> dict[str, Any]:
     raise MemoryError
 
@@ -154,6 +162,11 @@ def test_ctrl_c_ends_the_trial_and_is_passed_on(runner: TrialRunner, tmp_path: P
 def test_a_bare_process_has_the_engine_imported(runner: TrialRunner) -> None:
     result = runner.run(bare_process, None, 60).result
     assert result is not None and result["resident_bytes"] > 100e6
+
+
+def test_a_trial_is_as_large_as_a_process_that_imported_everything_itself(runner: TrialRunner) -> None:
+    result = runner.run(resident_files, None, 60).result
+    assert result is not None and 0.9 * result["server"] <= result["own"] <= 1.2 * result["server"]
 
 
 def test_a_trial_that_is_not_ok_has_no_measurement() -> None:
