@@ -25,14 +25,16 @@ from runtime.profile import Profile, Workload, save_profile
 
 
 def write_run(setup: Setup, study: Study, choice: Choice | None, stop_reason: str) -> pd.DataFrame:
-    """Write what was measured so far; the Pareto table. Each file is there wholly or not at all."""
+    """Write what was measured so far, each file wholly or not at all; the Pareto table and the default's row."""
     folder, space = setup.settings.folder, setup.space
     tried = study.tried()
     chosen = choice.params if choice is not None else best_so_far(study)
     default = next((one for one in tried if one.params == space.default), None)
-    table = front_table(front(feasible(tried, study.max_memory_bytes)), space, default, chosen or {})
+    best = front(feasible(tried, study.max_memory_bytes))
+    shown = [*best, *([] if default is None or default in best else [default])]
+    table = front_table(shown, space, default, chosen or {})
     write_atomic(folder / "trials.csv", trials_table(study.records(), space).to_csv(index=False))
-    write_atomic(folder / "pareto.csv", table.to_csv(index=False))
+    write_atomic(folder / "pareto.csv", table.head(len(best)).to_csv(index=False))
     write_atomic(folder / "environment.json", json.dumps(_environment(setup, study, choice, stop_reason), indent=2))
     if tried:
         limit = study.max_memory_bytes

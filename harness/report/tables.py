@@ -34,10 +34,10 @@ def front_table(front: Sequence[Tried], space: Space, default: Tried | None, cho
 
 
 def front_text(table: pd.DataFrame, num_experts: int) -> str:
-    """The front for people, at most 15 lines of it; the chosen configuration is marked with an asterisk."""
+    """The table for people, at most 15 lines of it; the chosen configuration is marked with an asterisk."""
     shown = pd.DataFrame(
         {
-            "": ["*" if chosen else " " for chosen in table["chosen"]],
+            "": [_mark(*marks) for marks in zip(table["chosen"], table["is_default"], strict=True)],
             "latency p50": [f"{value:.1f} ms" for value in table["latency_ms_p50"]],
             "vs default": ["" if pd.isna(value) else f"{value:.2f}x" for value in table["latency_ratio"]],
             "tokens/s": [f"{value:.1f}" for value in table["tokens_per_s"]],
@@ -48,6 +48,10 @@ def front_text(table: pd.DataFrame, num_experts: int) -> str:
     )
     text: str = shown.head(15).to_string(index=False)
     return text
+
+
+def _mark(chosen: bool, is_default: bool) -> str:
+    return f"{'*' if chosen else ' '} {'default' if is_default else ''}".rstrip()
 
 
 def _trial_row(record: Record, space: Space) -> dict[str, Any]:
@@ -63,6 +67,7 @@ def _trial_row(record: Record, space: Space) -> dict[str, Any]:
 def _front_row(one: Tried, space: Space, default: Tried | None, chosen: Params) -> dict[str, Any]:
     return {
         "chosen": one.params == chosen,
+        "is_default": one.params == space.default,
         **space.complete(one.params),
         "latency_ms_p50": one.latency_ms_p50,
         "latency_ratio": None if default is None else one.latency_ms_p50 / default.latency_ms_p50,

@@ -37,6 +37,7 @@ def test_the_front_table_is_relative_to_the_default_and_marks_the_choice() -> No
     assert list(table["latency_ratio"]) == [0.5, 1.0] and list(table["chosen"]) == [True, False]
     text = front_text(table, 64).splitlines()
     assert len(text) == 3 and text[1].lstrip().startswith("*") and "0.50x" in text[1] and "32 (50%)" in text[2]
+    assert "default" in text[2] and "default" not in text[1]
 
 
 def test_the_front_without_a_default_has_no_ratio() -> None:
