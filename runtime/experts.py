@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, _grouped_linear
 
-from runtime.gemv import gemv_linear
+from runtime.gemv import Rows, gemv
 
 IMPLEMENTATION = "expertflow"
 
@@ -65,8 +67,12 @@ _EAGER_NUMERICS: dict[str, _Numerics] = {
 }
 
 
+_Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+_Activate = Callable[[torch.Tensor], torch.Tensor]
+
+
 class Kernel(ABC):
-    """Computes one call of an experts module, one expert at a time."""
+    """Computes one call of an experts module, expert by expert as they arrive."""
 
     def __init__(
         self,
@@ -80,29 +86,31 @@ class Kernel(ABC):
         self.experts = experts
 
     @abstractmethod
-    def add(self, expert: int, weights: Weights) -> None:
-        """Compute `expert` for its tokens. Each of `experts` once, in any order."""
+    def add(self, arrivals: Sequence[Arrival]) -> None:
+        """Compute experts for their tokens. Each of `experts` once, in any order and in any groups."""
 
     @abstractmethod
     def result(self) -> torch.Tensor:
         """[T, H] in the dtype of `hidden`, once every expert has been added."""
 
-    def _feed_forward(self, expert: int, x: torch.Tensor, weights: Weights) -> torch.Tensor:
+    def _feed_forward(self, x: torch.Tensor, weights: Weights, linear: _Linear, activate: _Activate) -> torch.Tensor:
         """up (-> gate) -> down (-> norm) of one expert for rows `x` [n, H]."""
-        module = self.module
-        name = "gate_up_proj" if module.has_gate else "up_proj"
-        x = self._activate(expert, self._linear(x, weights[name], weights.get(f"{name}_bias")))
-        x = self._linear(x, weights["down_proj"], weights.get("down_proj_bias"))
-        # The flag is younger than transformers 5.17.
-        out: torch.Tensor = module.post_expert_norm(x) if getattr(module, "has_post_expert_norm", False) else x
-        return out
+        x = activate(linear(x, weights[self._up], weights.get(f"{self._up}_bias")))
+        return self._normalise(linear(x, weights["down_proj"], weights.get("down_proj_bias")))
 
-    def _activate(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def _up(self) -> str:
+        return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    def _activate(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.module._apply_gate(x) if self.module.has_gate else self.module.act_fn(x)
         return out
 
-    @abstractmethod
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
+    def _normalise(self, x: torch.Tensor) -> torch.Tensor:
+        # The flag is younger than transformers 5.17.
+        has_norm = getattr(self.module, "has_post_expert_norm", False)
+        out: torch.Tensor = self.module.post_expert_norm(x) if has_norm else x
+        return out
 
 
 class EagerKernel(Kernel):
@@ -123,11 +131,12 @@ class EagerKernel(Kernel):
         self._next = next(self._order, None)
         self._waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def add(self, expert: int, weights: Weights) -> None:
-        rank, token = torch.nonzero(torch.eq(self.index.T, expert), as_tuple=True)
-        rows = self._feed_forward(expert, self._cast(self.hidden[token]), weights)
-        rows = rows * self._cast(self.weights[token, rank, None])
-        self._waiting[expert] = (token, rows.to(self._final.dtype))
+    def add(self, arrivals: Sequence[Arrival]) -> None:
+        for expert, weights in arrivals:
+            rank, token = torch.nonzero(torch.eq(self.index.T, expert), as_tuple=True)
+            rows = self._feed_forward(self._cast(self.hidden[token]), weights, self._linear, self._activate)
+            rows = rows * self._cast(self.weights[token, rank, None])
+            self._waiting[expert] = (token, rows.to(self._final.dtype))
         while self._next in self._waiting:
             self._final.index_add_(0, *self._waiting.pop(self._next))
             self._next = next(self._order, None)
@@ -160,12 +169,27 @@ class RowKernel(Kernel):
         self._flat = index.reshape(-1).cpu().numpy()
         self._rows: torch.Tensor | None = None
 
-    def add(self, expert: int, weights: Weights) -> None:
-        position = torch.from_numpy(np.flatnonzero(self._flat == expert)).to(self.hidden.device)
-        computed = self._feed_forward(expert, self.hidden[position // self.index.shape[-1]], weights)
+    def _positions(self, expert: int) -> npt.NDArray[np.int64]:
+        """The rows of `expert`, ascending."""
+        return np.flatnonzero(self._flat == expert)
+
+    @property
+    def _has_default_gate(self) -> bool:
+        """The gate reads rows of two halves, so that torch's loops go row by row."""
+        return bool(self.module.has_gate) and type(self.module)._apply_gate is _default_apply_gate
+
+    def _rows_are_independent(self, x: torch.Tensor) -> bool:
+        """Whether activating rows like `x`, [n, columns], gives the same whatever other rows are in the call."""
+        num_columns = x.shape[-1] // (2 if self.module.has_gate else 1)
+        if num_columns % (_VECTOR_BLOCK * torch.get_num_threads()) == 0:
+            return True
+        is_unshared = torch.get_num_threads() == 1 or self._flat.size * num_columns < _GRAIN
+        return self._has_default_gate and is_unshared
+
+    def _put(self, positions: npt.NDArray[np.int64], computed: torch.Tensor) -> None:
         if self._rows is None:
             self._rows = computed.new_zeros(self._flat.size, computed.shape[-1])
-        self._rows[position] = computed
+        self._rows[torch.from_numpy(positions).to(self.hidden.device)] = computed
 
     def result(self) -> torch.Tensor:
         if self._rows is None:
@@ -179,24 +203,53 @@ class RowKernel(Kernel):
 # torch's CPU loops compute whole blocks of two vectors with vector code and what is left with scalar code, whose
 # transcendental functions round differently. No block of any dtype and instruction set is longer than this.
 _VECTOR_BLOCK = 64
+# From this many elements on they are shared by the threads in equal parts, wherever in a row those end.
+_GRAIN = 32768
 
 
 class GroupedKernel(RowKernel):
     """transformers' grouped_mm, called with one group at a time.
 
     transformers activates the rows of all experts in one call. Where an element would then be computed by other code
-    than in a call of its own rows, it is put at its place among the others first.
+    than in a call of its own rows, that call is imitated.
     """
 
-    def _activate(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        is_own = type(self.module)._apply_gate is not _default_apply_gate
-        num_columns = x.shape[-1] // (2 if self.module.has_gate else 1)
-        if not is_own or num_columns % (_VECTOR_BLOCK * torch.get_num_threads()) == 0 or x.device.type != "cpu":
-            return super()._activate(expert, x)
-        start = int((self._flat < expert).sum())
+    def add(self, arrivals: Sequence[Arrival]) -> None:
+        for expert, weights in arrivals:
+            positions = self._positions(expert)
+            tokens = torch.from_numpy(positions // self.index.shape[-1]).to(self.hidden.device)
+            activate = partial(self._activate_among, int((self._flat < expert).sum()))
+            self._put(positions, self._feed_forward(self.hidden[tokens], weights, self._linear, activate))
+
+    def _activate_among(self, start: int, x: torch.Tensor) -> torch.Tensor:
+        """Activate `x` as rows `start`, … of transformers' call."""
+        if self._rows_are_independent(x) or x.device.type != "cpu" or not self.module.has_gate:
+            return self._activate(x)
+        if self._has_default_gate:
+            return self._activate_in_parts(start, x)
         among = x.new_zeros(self._flat.size, x.shape[-1])
         among[start : start + len(x)] = x
-        return super()._activate(expert, among)[start : start + len(x)]
+        return self._activate(among)[start : start + len(x)]
+
+    def _activate_in_parts(self, start: int, x: torch.Tensor) -> torch.Tensor:
+        """Where a thread's part of transformers' call ends within a row, its two sides are activated separately."""
+        num_columns = x.shape[-1] // 2
+        num_elements = self._flat.size * num_columns
+        part = -(-num_elements // min(torch.get_num_threads(), -(-num_elements // _GRAIN)))
+        ends = {end // num_columns - start: end % num_columns for end in range(part, num_elements, part)}
+        step = max(1, (_GRAIN - 1) // num_columns)  # rows that are not shared
+        out, row = [], 0
+        while row < len(x):
+            if column := ends.get(row, 0):
+                halves = x[row].view(2, -1)
+                sides = [halves[:, :column].reshape(1, -1), halves[:, column:].reshape(1, -1)]
+                out.append(torch.cat([self._activate(side) for side in sides], dim=1))
+                row += 1
+            else:
+                stop = min([row + step, len(x), *(end for end in ends if end > row)])
+                out.append(self._activate(x[row:stop]))
+                row = stop
+        return torch.cat(out)
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         end = torch.tensor([x.shape[0]], dtype=torch.int32, device=x.device)
@@ -205,11 +258,51 @@ class GroupedKernel(RowKernel):
 
 
 class GemvKernel(RowKernel):
-    """Matrix-vector products of our own; see `gemv.py`."""
+    """Matrix-vector products of our own, all arrived experts in one call; see `gemv.py`."""
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = gemv_linear(x, weight, is_transposed=self.module.is_transposed)
-        return out if bias is None else out.add_(bias)
+    def __init__(
+        self,
+        module: Any,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        experts: Sequence[int],
+    ) -> None:
+        super().__init__(module, hidden, index, weights, experts)
+        self._places: dict[int, list[int]] = {expert: [] for expert in experts}
+        for place, expert in enumerate(self._flat.tolist()):
+            if expert in self._places:
+                self._places[expert].append(place)
+        self._wide: torch.Tensor | None = None
+
+    def add(self, arrivals: Sequence[Arrival]) -> None:
+        starts, places = [0], list[int]()
+        for expert, _ in arrivals:
+            places += self._places[expert]
+            starts.append(len(places))
+        own, top_k = list(range(len(places))), self.index.shape[-1]
+        like = arrivals[0].weights[self._up]
+        if self._rows is None or self._wide is None:
+            # As the weights would see it: rounded to their dtype first.
+            self._wide = self.hidden.to(like.dtype).to(torch.float32)
+            self._rows = like.new_zeros(self._flat.size, self.hidden.shape[-1])
+        x = like.new_empty(len(places), like.shape[1 if self.module.is_transposed else 0])
+        self._multiply(arrivals, self._up, self._wide, Rows(starts, [place // top_k for place in places], own), x)
+        if self._rows_are_independent(x):
+            x = self._activate(x)
+        else:
+            x = torch.cat([self._activate(x[a:b]) for a, b in pairwise(starts)])
+        self._multiply(arrivals, "down_proj", x, Rows(starts, own, places), self._rows)
+        if getattr(self.module, "has_post_expert_norm", False):
+            for expert, _ in arrivals:
+                self._rows[self._places[expert]] = self._normalise(self._rows[self._places[expert]])
+
+    def _multiply(self, arrivals: Sequence[Arrival], name: str, x: torch.Tensor, rows: Rows, out: torch.Tensor) -> None:
+        gemv(x, [weights[name] for _, weights in arrivals], rows, out, is_transposed=self.module.is_transposed)
+        if f"{name}_bias" not in arrivals[0].weights:
+            return
+        for (_, weights), (start, end) in zip(arrivals, pairwise(rows.starts), strict=True):
+            out[rows.target[start:end]] += weights[f"{name}_bias"]
 
 
 KERNELS: dict[str, type[Kernel]] = {"eager": EagerKernel, "grouped_mm": GroupedKernel, "gemv": GemvKernel}
@@ -232,8 +325,7 @@ class LayerRunner:
         experts, tokens = _distinct(choice, self.module.num_experts)
         kernel = self.kernel()(self.module, hidden, index, weights, experts)
         for group in self.source.serve(experts, tokens, choice) if experts else ():
-            for expert, parameters in group:
-                kernel.add(expert, parameters)
+            kernel.add(group)
         return kernel.result()
 
 

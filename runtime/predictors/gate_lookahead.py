@@ -49,32 +49,42 @@ class GateLookahead(Predictor):
 
     def __init__(self, routers: Sequence[LookaheadRouter], num_experts: int, depth: int) -> None:
         self._routers, self._depth = routers, depth
+        self._corrections: dict[tuple[int, int], torch.Tensor | None] = {}
         self._forecast: Forecast = np.zeros((len(routers), num_experts), np.float32)
 
+    @torch.inference_mode()
     def observe(self, layer: int, observation: Observation) -> None:
         """Forecast the next `depth` layers from `observation.hidden`."""
         if observation.hidden is None:
             return
-        own = self._routers[layer].gain
-        flat = observation.hidden if own is None else observation.hidden / own
         for ahead in range(layer + 1, min(layer + self._depth, len(self._routers) - 1) + 1):
-            self._forecast[ahead] = self._ask(self._routers[ahead], own is not None, flat)
+            gain = self._correction(layer, ahead)
+            hidden = observation.hidden if gain is None else observation.hidden * gain
+            self._forecast[ahead] = _ask(self._routers[ahead].module, hidden)
 
     def forecast(self, layer: int) -> Forecast:
         """Expected tokens per expert: mean of "is chosen" and min(1, k * router probability), summed over tokens."""
         return self._forecast
 
-    @staticmethod
-    @torch.inference_mode()
-    def _ask(router: LookaheadRouter, corrected: bool, flat: torch.Tensor) -> Forecast:
-        hidden = flat if router.gain is None or not corrected else flat * router.gain
-        # `forward`, not `__call__`: hooks on routers record router logits for the user and must not see guesses.
-        answer = router.module.forward(hidden)
-        logits, chosen = answer[0], answer[2]
-        likely = (logits.float().softmax(-1) * chosen.shape[-1]).clamp_(max=1.0)
-        likely.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=likely.dtype))
-        expected: Forecast = (0.5 * likely.sum(0)).cpu().numpy()
-        return expected
+    def _correction(self, layer: int, ahead: int) -> torch.Tensor | None:
+        """What turns the input of one layer's router into that of a later one, as far as the norms' gains differ."""
+        if (layer, ahead) not in self._corrections:
+            own, other = self._routers[layer].gain, self._routers[ahead].gain
+            known = None if own is None or other is None else (other.float() / own.float()).to(own.dtype)
+            self._corrections[layer, ahead] = known
+        return self._corrections[layer, ahead]
+
+
+def _ask(router: nn.Module, hidden: torch.Tensor) -> Forecast:
+    # `forward`, not `__call__`: hooks on routers record router logits for the user and must not see guesses.
+    answer = router.forward(hidden)
+    logits, chosen = answer[0].float().cpu().numpy(), answer[2].cpu().numpy()
+    likely = np.exp(logits - logits.max(axis=1, keepdims=True))
+    likely *= chosen.shape[1] / likely.sum(axis=1, keepdims=True)
+    np.minimum(likely, 1.0, out=likely)
+    likely[np.arange(len(chosen))[:, None], chosen] += 1.0
+    expected: Forecast = 0.5 * likely.sum(axis=0)
+    return expected
 
 
 def lookahead_router(router: nn.Module, norm: nn.Module | None, hidden_size: int) -> LookaheadRouter | str:

@@ -49,6 +49,7 @@ class SlotArena:
             with contextlib.suppress(OSError):  # a kernel built without them
                 self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self._memory = memoryview(self._mapping)
+        self._whole: dict[torch.dtype, torch.Tensor] = {}
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 
     def address(self, slot: int) -> int:
@@ -62,12 +63,16 @@ class SlotArena:
 
     def view(self, slot: int, place: TensorPlace) -> torch.Tensor:
         """The tensor at `place` of `slot`, no copy: it changes when the slot is loaded anew. Keeps the memory alive."""
-        num_elements = math.prod(place.shape)
-        if place.slot_offset + num_elements * place.dtype.itemsize > self.slot_bytes:
+        num_bytes = math.prod(place.shape) * place.dtype.itemsize
+        if place.slot_offset + num_bytes > self.slot_bytes:
             raise ValueError(f"{place} does not fit into a slot of {self.slot_bytes} bytes")
-        offset = self._start(slot) + place.slot_offset
-        flat = torch.frombuffer(self._mapping, dtype=place.dtype, count=num_elements, offset=offset)
-        return flat.view(place.shape)
+        whole = self._whole.get(place.dtype)
+        if whole is None:
+            whole = self._whole[place.dtype] = torch.frombuffer(self._mapping, dtype=place.dtype)
+        offset, rest = divmod(self._start(slot) + place.slot_offset, place.dtype.itemsize)
+        assert rest == 0, f"{place} is not aligned to its elements"
+        strides = [math.prod(place.shape[i + 1 :]) for i in range(len(place.shape))]
+        return whole.as_strided(place.shape, strides, offset)
 
     def release_tail(self, num_slots: int) -> None:
         """Give the memory of all slots from `num_slots` on back to the system; their content is lost, reads give zeros.
