@@ -154,6 +154,13 @@ class EagerKernel(Kernel):
         return out if bias is None else out + self._cast(bias)
 
 
+# torch's CPU loops compute whole blocks of two vectors with vector code and what is left with scalar code, whose
+# transcendental functions round differently. No block of any dtype and instruction set is longer than this.
+_VECTOR_BLOCK = 64
+# From this many elements on they are shared by the threads in equal parts, wherever in a row those end.
+_GRAIN = 32768
+
+
 class RowKernel(Kernel):
     """One row per (token, rank); the ranks of a token are weighted and summed at the end, whatever arrived first."""
 
@@ -198,13 +205,6 @@ class RowKernel(Kernel):
         # In place where the product has the rows' dtype: a long prompt's rows are the largest activation there is.
         weighted = self._rows.mul_(weights) if weights.dtype == self._rows.dtype else self._rows * weights
         return weighted.view(*self.index.shape, -1).sum(dim=1).to(self.hidden.dtype)
-
-
-# torch's CPU loops compute whole blocks of two vectors with vector code and what is left with scalar code, whose
-# transcendental functions round differently. No block of any dtype and instruction set is longer than this.
-_VECTOR_BLOCK = 64
-# From this many elements on they are shared by the threads in equal parts, wherever in a row those end.
-_GRAIN = 32768
 
 
 class GroupedKernel(RowKernel):

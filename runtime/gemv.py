@@ -168,11 +168,9 @@ def _columns_f32(job):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _compiled(kernel: Callable[[Any], None]) -> int:
-    """The address of `kernel` as a C function; compiled when first used, then kept on disk."""
-    signature = types.void(types.CPointer(types.int64))
-    address: int = numba.cfunc(signature, cache=True)(kernel).address  # type: ignore[assignment]
-    return address
+def _compiled(kernel: Callable[[Any], None]) -> Any:
+    """`kernel` as a C function; compiled when first used, then kept on disk."""
+    return numba.cfunc(types.void(types.CPointer(types.int64)), cache=True)(kernel)
 
 
 @functools.cache
@@ -188,7 +186,7 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
 
 def _run(kernel: Callable[[Any], None], job: list[int]) -> None:
     """Run `kernel` on torch's number of threads, or alone where OpenMP is missing."""
-    address, numbers = _compiled(kernel), (ctypes.c_int64 * len(job))(*job)
+    address, numbers = _compiled(kernel).address, (ctypes.c_int64 * len(job))(*job)
     if (parallel := _openmp()) is not None:
         parallel(address, ctypes.addressof(numbers), torch.get_num_threads(), 0)
     else:
