@@ -5,7 +5,10 @@ A formula is a pure function of a few per-expert values, compiled into the cache
     last_used   layer step at which the expert was last demanded (-1: never)
     loaded_at   layer step at which it was brought in
     uses        number of tokens that demanded it, ever
-    fast, slow  decayed frequencies of use per token of its layer (alpha 0.6 and 0.05), started at top_k / num_experts
+    fast, medium, slow  decayed frequencies of use per token of its layer (alpha 0.6, 0.05 and 0.002), started at
+                top_k / num_experts
+    soon        P(the next token of its layer selects it): `often` of these frequencies, and what the experts of the
+                last token say (learned online)
     now         the layer step that is running
     distance    layers until the expert's layer runs next, 1 … num_layers (its own layer: num_layers)
     num_layers  layers in one token's cycle
@@ -33,9 +36,9 @@ class Policy(enum.IntEnum):
 
 POLICIES: dict[str, Policy] = {policy.name.lower(): policy for policy in Policy}
 
-FAST_ALPHA = 0.6
-SLOW_ALPHA = 0.05
-_MIN_PROBABILITY = 0.003
+ALPHAS = (0.6, 0.05, 0.002)  # fast, medium, slow
+LEARNING_RATE = 0.01  # of the next-token table
+_MIN_OFTEN, _MIN_SOON, _MAX_SOON = 0.003, 0.002, 0.98
 
 
 @njit(inline="always")
@@ -51,9 +54,9 @@ def _lfu(uses, last_used, now):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _lfru(slow, last_used, now):  # type: ignore[no-untyped-def]
+def _lfru(medium, last_used, now):  # type: ignore[no-untyped-def]
     """Frequency over age: decayed frequency divided by the layer steps since the last use."""
-    return slow / (now - last_used + 1.0)
+    return medium / (now - last_used + 1.0)
 
 
 @njit(inline="always")
@@ -63,28 +66,37 @@ def _static(loaded_at):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _next_use(fast, slow, distance, num_layers):  # type: ignore[no-untyped-def]
-    """Expected layer steps until the next use, negated: -(distance + num_layers / p), p = 0.3 fast + 0.7 slow.
-
-    p estimates P(a token of the expert's layer selects it), so 1/p - 1 further cycles are expected after the next one.
-    A pooled cache must rank the layer that just ran as the one needed last, which LRU gets backwards.
-    """
-    probability = max(0.3 * fast + 0.7 * slow, _MIN_PROBABILITY)
-    return -(distance + num_layers / probability)
+def often(fast, medium, slow):  # type: ignore[no-untyped-def]
+    """P(a later token of its layer selects the expert), from its own history."""
+    return 0.25 * fast + 0.55 * medium + 0.20 * slow
 
 
 @njit(inline="always")
-def score(policy, last_used, loaded_at, uses, fast, slow, now, distance, num_layers):  # type: ignore[no-untyped-def]
+def _next_use(fast, medium, slow, soon, distance, num_layers):  # type: ignore[no-untyped-def]
+    """Expected layer steps until the next use, negated: -(distance + num_layers * W).
+
+    W = (1 - q) / (0.5 (p + q)) further tokens of waiting are expected after the next one, where q is the probability
+    that the next token selects the expert and p that a later one does. Not 1/q alone: q falls to its floor for cold
+    experts and ruins their order. A pooled cache must rank the layer that just ran as the one needed last, which LRU
+    gets backwards.
+    """
+    p = max(often(fast, medium, slow), _MIN_OFTEN)
+    q = min(max(soon, _MIN_SOON), _MAX_SOON)
+    return -(distance + num_layers * (1.0 - q) / (0.5 * (p + q)))
+
+
+@njit(inline="always")
+def score(policy, last_used, loaded_at, uses, fast, medium, slow, soon, now, distance, num_layers):  # type: ignore[no-untyped-def]
     """Value of keeping a resident expert under `policy`; the lowest goes."""
     if policy == 0:
         return _lru(last_used)
     if policy == 1:
         return _lfu(uses, last_used, now)
     if policy == 2:
-        return _lfru(slow, last_used, now)
+        return _lfru(medium, last_used, now)
     if policy == 3:
         return _static(loaded_at)
-    return _next_use(fast, slow, distance, num_layers)
+    return _next_use(fast, medium, slow, soon, distance, num_layers)
 
 
 # The compiled step is cached on disk under its own file's time stamp; it carries this one too (see residency.py).

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from runtime.cache.policies import FAST_ALPHA, POLICIES, SLOW_ALPHA, SOURCE, score
+from runtime.cache.policies import ALPHAS, LEARNING_RATE, POLICIES, SOURCE, Policy, often, score
 from runtime.errors import BudgetError
 from runtime.vocabulary import Load, LoadReason, Lookup, Plan
 
@@ -55,12 +55,16 @@ class State(NamedTuple):
     loaded_at: IntArray
     uses: IntArray
     fast: npt.NDArray[np.float64]
+    medium: npt.NDArray[np.float64]
     slow: npt.NDArray[np.float64]
+    soon: npt.NDArray[np.float64]
+    rate: npt.NDArray[np.float64]  # share of the tokens of its layer's last turn that selected it
+    follows: npt.NDArray[np.float32]  # [expert, index]: what `expert` now adds to P(index at the layer's next token)
     counts: IntArray  # per Count
     now: IntArray  # one element: the layer step that is running
 
 
-def _new_state(num_experts: int, num_slots: int, prior: float) -> State:
+def _new_state(num_experts: int, num_slots: int, prior: float, per_layer: int) -> State:
     def filled(value: float, dtype: Any, size: int = num_experts) -> npt.NDArray[Any]:
         return np.full(size, value, dtype)
 
@@ -76,7 +80,11 @@ def _new_state(num_experts: int, num_slots: int, prior: float) -> State:
         loaded_at=filled(-1, np.int64),
         uses=filled(0, np.int64),
         fast=filled(prior, np.float64),
+        medium=filled(prior, np.float64),
         slow=filled(prior, np.float64),
+        soon=filled(prior, np.float64),
+        rate=filled(0.0, np.float64),
+        follows=np.zeros((num_experts if per_layer else 0, per_layer), np.float32),
         counts=filled(0, np.int64, len(Count)),
         now=filled(0, np.int64, 1),
     )
@@ -106,7 +114,7 @@ def _victim(state, policy, per_layer, layer, needed_by):  # type: ignore[no-unty
         distance = (expert // per_layer - layer - 1) % num_layers + 1
         value = score(
             policy, state.last_used[expert], state.loaded_at[expert], state.uses[expert],
-            state.fast[expert], state.slow[expert], now, distance, num_layers,
+            state.fast[expert], state.medium[expert], state.slow[expert], state.soon[expert], now, distance, num_layers,
         )  # fmt: skip
         if tier < best_tier or value < best_score:
             best, best_tier, best_score = slot, tier, value
@@ -133,21 +141,56 @@ def _assign(state, expert, slot):  # type: ignore[no-untyped-def]
 @njit
 def _observe(state, per_layer, layer, demand, tokens, num_tokens, alphas):  # type: ignore[no-untyped-def]
     """Advance the layer's statistics by `num_tokens` tokens, `tokens[i]` of which chose `demand[i]`."""
-    keep_fast, keep_slow = (1.0 - alphas[0]) ** num_tokens, (1.0 - alphas[1]) ** num_tokens
-    for expert in range(layer * per_layer, (layer + 1) * per_layer):
+    first, end = layer * per_layer, (layer + 1) * per_layer
+    learns = state.follows.size > 0
+    if learns:
+        _learn(state, first, end, demand, tokens, num_tokens)
+    keep_fast, keep_medium, keep_slow = (
+        (1.0 - alphas[0]) ** num_tokens, (1.0 - alphas[1]) ** num_tokens, (1.0 - alphas[2]) ** num_tokens,
+    )  # fmt: skip
+    for expert in range(first, end):
         state.fast[expert] *= keep_fast
+        state.medium[expert] *= keep_medium
         state.slow[expert] *= keep_slow
+        state.rate[expert] = 0.0
         state.unwanted[expert] = state.prefetched[expert]
     for i in range(demand.size):
         expert, rate = demand[i], tokens[i] / num_tokens
         state.fast[expert] += (1.0 - keep_fast) * rate
+        state.medium[expert] += (1.0 - keep_medium) * rate
         state.slow[expert] += (1.0 - keep_slow) * rate
+        state.rate[expert] = rate
         state.uses[expert] += tokens[i]
         state.last_used[expert] = state.now[0]
         state.unwanted[expert] = False
         if state.prefetched[expert]:
             state.prefetched[expert] = False
             state.counts[6] += 1
+    if learns:
+        _foresee(state, first, end, demand)
+
+
+@njit
+def _learn(state, first, end, demand, tokens, num_tokens):  # type: ignore[no-untyped-def]
+    """Correct what the experts of the layer's last turn said about this one: a step of gradient descent."""
+    error = -state.soon[first:end]
+    for i in range(demand.size):
+        error[demand[i] - first] += tokens[i] / num_tokens
+    for former in range(first, end):
+        if state.rate[former] > 0.0:
+            weight = LEARNING_RATE * state.rate[former]
+            for index in range(end - first):
+                state.follows[former, index] += weight * error[index]
+
+
+@njit
+def _foresee(state, first, end, demand):  # type: ignore[no-untyped-def]
+    """P(selected by the layer's next token), given the experts that this one selected."""
+    for expert in range(first, end):
+        state.soon[expert] = often(state.fast[expert], state.medium[expert], state.slow[expert])
+    for i in range(demand.size):
+        for index in range(end - first):
+            state.soon[first + index] += state.rate[demand[i]] * state.follows[demand[i], index]
 
 
 def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -210,7 +253,6 @@ def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None]]:
 
 
 _step, _prefetch = _compile(SOURCE)
-_ALPHAS = (FAST_ALPHA, SLOW_ALPHA)
 
 
 class Residency:
@@ -232,7 +274,8 @@ class Residency:
             raise BudgetError(f"{num_slots} expert slots: at least 1 is needed; raise the memory limit or cache.slots")
         self.num_layers, self.num_experts, self.num_slots = num_layers, num_experts, num_slots
         self._policy = int(POLICIES[policy])
-        self._state = _new_state(num_layers * num_experts, num_slots, top_k / num_experts)
+        per_layer = num_experts if self._policy == Policy.NEXT_USE else 0
+        self._state = _new_state(num_layers * num_experts, num_slots, top_k / num_experts, per_layer)
 
     def plan(
         self, layer: int, demand: Sequence[int], tokens: Sequence[int], num_tokens: int, *, first: bool = True
@@ -249,7 +292,7 @@ class Residency:
         wanted, counts = np.array(demand, np.int64), np.array(tokens, np.int64)
         kinds, slots = np.empty_like(wanted), np.empty_like(wanted)
         _step(
-            self._state, self._policy, self.num_experts, layer, wanted, counts, num_tokens, _ALPHAS, first, kinds, slots
+            self._state, self._policy, self.num_experts, layer, wanted, counts, num_tokens, ALPHAS, first, kinds, slots
         )
         hits, in_flight, deferred, loads = [], [], [], []
         for expert, kind, slot in zip(demand, kinds.tolist(), slots.tolist(), strict=True):
