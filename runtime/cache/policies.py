@@ -9,6 +9,7 @@ A formula is a pure function of a few per-expert values, compiled into the cache
                 top_k / num_experts
     soon        P(the next token of its layer selects it): `often` of these frequencies, and what the experts of the
                 last token say (learned online)
+    next_demand layer step at which the expert is demanded next, for the oracle
     now         the layer step that is running
     distance    layers until the expert's layer runs next, 1 … num_layers (its own layer: num_layers)
     num_layers  layers in one token's cycle
@@ -32,9 +33,12 @@ class Policy(enum.IntEnum):
     LFRU = 2
     STATIC = 3
     NEXT_USE = 4
+    BELADY = 5
 
 
-POLICIES: dict[str, Policy] = {policy.name.lower(): policy for policy in Policy}
+ORACLE = Policy.BELADY
+"""Knows the future; for replays of a trace only."""
+POLICIES: dict[str, Policy] = {policy.name.lower(): policy for policy in Policy if policy is not ORACLE}
 
 ALPHAS = (0.6, 0.05, 0.002)  # fast, medium, slow
 LEARNING_RATE = 0.01  # of the next-token table
@@ -86,7 +90,13 @@ def _next_use(fast, medium, slow, soon, distance, num_layers):  # type: ignore[n
 
 
 @njit(inline="always")
-def score(policy, last_used, loaded_at, uses, fast, medium, slow, soon, now, distance, num_layers):  # type: ignore[no-untyped-def]
+def _belady(next_demand):  # type: ignore[no-untyped-def]
+    """What is needed farthest in the future goes (Belady 1966): no demand-only policy has fewer misses."""
+    return -float(next_demand)
+
+
+@njit(inline="always")
+def score(policy, last_used, loaded_at, uses, fast, medium, slow, soon, next_demand, now, distance, num_layers):  # type: ignore[no-untyped-def]
     """Value of keeping a resident expert under `policy`; the lowest goes."""
     if policy == 0:
         return _lru(last_used)
@@ -96,6 +106,8 @@ def score(policy, last_used, loaded_at, uses, fast, medium, slow, soon, now, dis
         return _lfru(medium, last_used, now)
     if policy == 3:
         return _static(loaded_at)
+    if policy == 5:
+        return _belady(next_demand)
     return _next_use(fast, medium, slow, soon, distance, num_layers)
 
 

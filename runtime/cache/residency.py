@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from runtime.cache.policies import ALPHAS, LEARNING_RATE, POLICIES, SOURCE, Policy, often, score
+from runtime.cache.policies import ALPHAS, LEARNING_RATE, ORACLE, POLICIES, SOURCE, Policy, often, score
 from runtime.errors import BudgetError
 from runtime.vocabulary import Load, LoadReason, Lookup, Plan
 
@@ -60,6 +60,7 @@ class State(NamedTuple):
     soon: npt.NDArray[np.float64]
     rate: npt.NDArray[np.float64]  # share of the tokens of its layer's last turn that selected it
     follows: npt.NDArray[np.float32]  # [expert, index]: what `expert` now adds to P(index at the layer's next token)
+    next_demand: IntArray  # layer step; only the oracle is told
     counts: IntArray  # per Count
     now: IntArray  # one element: the layer step that is running
 
@@ -85,6 +86,7 @@ def _new_state(num_experts: int, num_slots: int, prior: float, per_layer: int) -
         soon=filled(prior, np.float64),
         rate=filled(0.0, np.float64),
         follows=np.zeros((num_experts if per_layer else 0, per_layer), np.float32),
+        next_demand=filled(0, np.int64),
         counts=filled(0, np.int64, len(Count)),
         now=filled(0, np.int64, 1),
     )
@@ -114,7 +116,8 @@ def _victim(state, policy, per_layer, layer, needed_by):  # type: ignore[no-unty
         distance = (expert // per_layer - layer - 1) % num_layers + 1
         value = score(
             policy, state.last_used[expert], state.loaded_at[expert], state.uses[expert],
-            state.fast[expert], state.medium[expert], state.slow[expert], state.soon[expert], now, distance, num_layers,
+            state.fast[expert], state.medium[expert], state.slow[expert], state.soon[expert],
+            state.next_demand[expert], now, distance, num_layers,
         )  # fmt: skip
         if tier < best_tier or value < best_score:
             best, best_tier, best_score = slot, tier, value
@@ -262,7 +265,7 @@ class Residency:
         num_layers, num_experts: MoE layers of the pool, experts per layer.
         num_slots: at least 1. A layer step that demands more experts than there are slots is served in waves.
         top_k: experts per token, the prior of the frequency estimates.
-        policy: name of an eviction policy (`policies.POLICIES`).
+        policy: name of an eviction policy (`policies.POLICIES`), or "belady", which is told the future (`foretell`).
 
     Raises:
         BudgetError: fewer than one slot.
@@ -273,7 +276,7 @@ class Residency:
         if num_slots < 1:
             raise BudgetError(f"{num_slots} expert slots: at least 1 is needed; raise the memory limit or cache.slots")
         self.num_layers, self.num_experts, self.num_slots = num_layers, num_experts, num_slots
-        self._policy = int(POLICIES[policy])
+        self._policy = int({**POLICIES, ORACLE.name.lower(): ORACLE}[policy])
         per_layer = num_experts if self._policy == Policy.NEXT_USE else 0
         self._state = _new_state(num_layers * num_experts, num_slots, top_k / num_experts, per_layer)
 
@@ -318,6 +321,10 @@ class Residency:
         _prefetch(self._state, self._policy, self.num_experts, layer, experts, steps, slots)
         placed = zip(wanted, slots.tolist(), strict=True)
         return tuple(Load(expert, slot, LoadReason.PREFETCH) for expert, slot in placed if slot >= 0)
+
+    def foretell(self, experts: Sequence[int], next_demands: Sequence[int]) -> None:
+        """Tell the oracle at which layer step, counted from 1 as `plan` counts them, each expert is demanded next."""
+        self._state.next_demand[experts] = next_demands
 
     def is_loading(self, expert: int) -> bool:
         """True between the decision to load `expert` and its completion."""

@@ -1,0 +1,149 @@
+"""Replay a routing trace on a virtual clock: `python -m harness.simulate --trace T --policy lru,next_use`.
+
+The decisions are the engine's own code; only time is simulated. Needs neither torch nor the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from harness.measure.replay import PREDICTORS, ReplayResult, Setting, Timing, replay
+from runtime.cache.policies import ORACLE, POLICIES
+from runtime.errors import UsageError, cli_main
+from runtime.files import write_atomic
+from runtime.machine import parse_bytes
+from runtime.trace import RoutingTrace, read_trace
+
+ALL_POLICIES = (*POLICIES, ORACLE.name.lower())
+DEFAULT_SLOTS = "15%,25%,45%"
+ASSUMED_EXPERT_BYTES = 6 << 20  # where the trace does not say
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see `--help`."""
+    arguments = _parser().parse_args(argv)
+    return cli_main(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    trace = read_trace(arguments.trace)
+    settings = _settings(arguments, trace)
+    timing = _timing(arguments, trace)
+    num_tokens = min(trace.num_tokens, arguments.max_tokens or trace.num_tokens)
+    results = []
+    quiet = arguments.json or not sys.stderr.isatty()
+    with tqdm(total=num_tokens * len(settings), unit="tok", desc="replaying", disable=quiet) as bar:
+        for setting in settings:
+            bar.set_postfix_str(f"{setting.policy}, {setting.slots} slots")
+            done = replay(
+                trace, setting, timing, batch=arguments.batch, max_tokens=arguments.max_tokens, on_pass=bar.update
+            )
+            results.append(done)
+            if arguments.json:
+                print(json.dumps(done.as_dict()), flush=True)
+    table = pd.DataFrame([result.as_dict() for result in results])
+    if arguments.csv:
+        table.to_csv(arguments.csv, index=False)
+    if arguments.plot:
+        from harness.report.plots import replays_png
+
+        write_atomic(arguments.plot, replays_png(table, trace.num_layers * trace.num_experts))
+    if not arguments.json:
+        print(_text(results, trace))
+    return 0
+
+
+def _settings(arguments: argparse.Namespace, trace: RoutingTrace) -> list[Setting]:
+    policies = list(ALL_POLICIES) if arguments.policy == "all" else arguments.policy.split(",")
+    predictors = arguments.predictor.split(",")
+    if unknown := [name for name in policies if name not in ALL_POLICIES]:
+        raise UsageError(f"no policy {unknown[0]!r}; there are {', '.join(ALL_POLICIES)}")
+    if unknown := [name for name in predictors if name not in PREDICTORS]:
+        raise UsageError(f"no predictor {unknown[0]!r} that replays a trace; there are {', '.join(PREDICTORS)}")
+    slots = [_slots(text, trace.num_layers * trace.num_experts) for text in arguments.slots.split(",")]
+    return [
+        Setting(policy, count, predictor, arguments.depth, arguments.count, arguments.every)
+        for count, policy, predictor in itertools.product(slots, policies, predictors)
+        if policy != ORACLE.name.lower() or predictor == "none" or len(predictors) == 1
+    ]
+
+
+def _slots(text: str, num_experts: int) -> int:
+    try:
+        slots = round(num_experts * float(text[:-1]) / 100) if text.endswith("%") else int(text)
+    except ValueError:
+        raise UsageError(f"--slots {text!r} is neither a count nor a share of all experts such as 25%") from None
+    if not 1 <= slots <= num_experts:
+        raise UsageError(f"--slots {text} is {slots} slots; from 1 to all {num_experts} experts make sense")
+    return slots
+
+
+def _timing(arguments: argparse.Namespace, trace: RoutingTrace) -> Timing:
+    expert_bytes = int(trace.meta.get("expert_bytes") or ASSUMED_EXPERT_BYTES)
+    load_s = expert_bytes / parse_bytes(arguments.bandwidth)
+    return Timing(load_s, arguments.expert_ms / 1e3, arguments.layer_ms / 1e3)
+
+
+def _text(results: Sequence[ReplayResult], trace: RoutingTrace) -> str:
+    """A table for people, and how much of the way from LRU to Belady each policy goes, where both were replayed."""
+    num_experts = trace.num_layers * trace.num_experts
+    rows = []
+    for result in results:
+        peers = {
+            r.setting.policy: r
+            for r in results
+            if r.setting.slots == result.setting.slots and not r.cache.num_prefetch_issued
+        }
+        rows.append(
+            {
+                "slots": f"{result.setting.slots} ({result.setting.slots / num_experts:.0%})",
+                "policy": result.setting.policy,
+                "predictor": result.setting.predictor,
+                "hits": f"{result.cache.hit_rate or 0:.1%}",
+                "loads/token": f"{result.num_loads / result.cache.num_tokens:.1f}",
+                "LRU to Belady": _way(result, peers.get("lru"), peers.get("belady")),
+                "prefetch used/wasted": f"{result.cache.num_prefetch_used}/{result.cache.num_prefetch_wasted}",
+                "stall": f"{result.stall_s / result.elapsed_s:.0%}",
+                "tokens/s": f"{result.cache.num_tokens / result.elapsed_s:.1f}",
+            }
+        )
+    return pd.DataFrame(rows).to_string(index=False)
+
+
+def _way(result: ReplayResult, lru: ReplayResult | None, belady: ReplayResult | None) -> str:
+    """Share of the loads between LRU's and Belady's that `result` saves; prefetches count as loads."""
+    if lru is None or belady is None or lru.num_loads == belady.num_loads:
+        return ""
+    return f"{(lru.num_loads - result.num_loads) / (lru.num_loads - belady.num_loads):.0%}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m harness.simulate", description=__doc__.splitlines()[0])
+    parser.add_argument("--trace", type=Path, required=True, help="a routing trace (.npz)")
+    parser.add_argument("--policy", default="lru,next_use,belady", help=f"of {', '.join(ALL_POLICIES)}; or all")
+    parser.add_argument("--slots", default=DEFAULT_SLOTS, help="counts or shares of all experts (%(default)s)")
+    parser.add_argument("--predictor", default="none", help=f"of {', '.join(PREDICTORS)} (%(default)s)")
+    parser.add_argument("--depth", type=int, default=1, help="layers ahead that are prefetched for (%(default)s)")
+    parser.add_argument("--count", type=int, default=2, help="experts prefetched per layer and token (%(default)s)")
+    parser.add_argument("--every", type=int, default=1, help="steps that a forecast is reused for (%(default)s)")
+    parser.add_argument("--batch", type=int, help="requests decoded together; default: the passes of the recorded run")
+    parser.add_argument("--max-tokens", type=int, help="stop after about that many tokens")
+    parser.add_argument("--bandwidth", default="3GB", help="bytes per second of the link (%(default)s)")
+    parser.add_argument("--expert-ms", type=float, default=0.5, help="computing one expert (%(default)s)")
+    parser.add_argument("--layer-ms", type=float, default=1.5, help="the rest of a layer (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per configuration, nothing else")
+    parser.add_argument("--csv", type=Path, help="write the table there as well")
+    parser.add_argument("--plot", type=Path, help="write a plot of hit rate and stall over slots there (.png)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
