@@ -22,6 +22,7 @@ from runtime.passes import PassTracker
 from runtime.pool import OffloadedSource, Pool
 from runtime.predictors.base import NoPredictor, Predictor
 from runtime.predictors.gate_lookahead import GateLookahead, LookaheadRouter, RouterInput, lookahead_router
+from runtime.predictors.previous_token import PreviousToken
 from runtime.profile import MachineFacts, ModelIdentity, Profile, load_profile, match_profile
 from runtime.transfer.disk import DiskTransfer
 from runtime.transfer.slots import SlotArena
@@ -301,6 +302,9 @@ def _build_predictor(
     nothing: list[Callable[[], torch.Tensor | None]] = [lambda: None] * len(layers)
     if profile.predictor.kind == "none" or profile.prefetch.depth == 0:
         return NoPredictor(), nothing, []
+    num_experts = loaded.layers[layers[0]].num_experts
+    if profile.predictor.kind == "previous_token":
+        return PreviousToken(len(layers), num_experts), nothing, []
     hidden_size = loaded.model.config.get_text_config().hidden_size
     found: list[LookaheadRouter] = []
     pairs = routers_and_norms(loaded)
@@ -311,5 +315,5 @@ def _build_predictor(
             why = f"gate_lookahead is not available for this model, nothing is prefetched: {asked}"
             return NoPredictor(), nothing, [why]
         found.append(asked)
-    predictor = GateLookahead(found, loaded.layers[layers[0]].num_experts, profile.prefetch.depth)
+    predictor = GateLookahead(found, num_experts, profile.prefetch.depth)
     return predictor, [RouterInput(router.module) for router in found], []

@@ -135,4 +135,4 @@ class Engine:
 
 
 def _record(recorder: TraceRecorder, layer: int, choice: npt.NDArray[np.int64], weights: torch.Tensor) -> None:
-    recorder.record(layer, choice, weights.float().cpu().numpy())
+    recorder.record(layer, choice, weights.detach().float().cpu().numpy())

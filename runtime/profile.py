@@ -22,7 +22,7 @@ from runtime.machine import format_bytes, parse_bytes
 
 # Names of what exists. An issue that adds a member of a family adds its name here.
 POLICIES = ("lru", "lfu", "lfru", "static", "next_use")
-PREDICTORS = ("none", "gate_lookahead")
+PREDICTORS = ("none", "previous_token", "gate_lookahead")
 SCHEDULERS = ("fifo",)
 PREFILL_KERNELS = ("eager", "grouped_mm")
 DECODE_KERNELS = ("eager", "grouped_mm", "gemv")

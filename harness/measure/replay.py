@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from runtime.cache.coordinator import Coordinator
 from runtime.cache.policies import ORACLE
-from runtime.cache.residency import Residency
+from runtime.cache.residency import Count, Residency
 from runtime.errors import UsageError
 from runtime.predictors.base import Forecast, NoPredictor, Observation, Predictor
 from runtime.predictors.previous_token import PreviousToken
@@ -156,9 +156,79 @@ def replay(
         UsageError: the setting asks for what the trace does not have, or for what cannot be.
     """
     schedule = _schedule(trace, batch, max_tokens)
+    if setting.predictor == "none":
+        return _replay_on_demand(trace, schedule, setting, timing, on_pass)
+    if setting.policy == ORACLE.name.lower():
+        raise UsageError("belady loads on demand only: leave the predictor at none")
+    return _replay_with_predictor(trace, schedule, setting, timing, on_pass)
+
+
+def _replay_on_demand(
+    trace: RoutingTrace,
+    schedule: Sequence[Tokens],
+    setting: Setting,
+    timing: Timing,
+    on_pass: Callable[[int], None],
+) -> ReplayResult:
+    """All of it compiled."""
+    residency = Residency(trace.num_layers, trace.num_experts, setting.slots, trace.top_k, setting.policy)
+    events, demand, tokens = _events(trace, schedule)
+    is_oracle = setting.policy == ORACLE.name.lower()
+    future = _next_demands(events, demand) if is_oracle else np.zeros(0, np.int64)
+    sizes = np.array([len(rows) for rows in schedule])
+    elapsed_s = stall_s = 0.0
+    for first in range(0, len(schedule), _PASSES_AT_ONCE):
+        part = slice(first * trace.num_layers, (first + _PASSES_AT_ONCE) * trace.num_layers + 1)
+        num_tokens = sizes[first : first + _PASSES_AT_ONCE]
+        took_s, waited_s = residency.replay(events[part], demand, tokens, num_tokens, future, **asdict(timing))
+        elapsed_s, stall_s = elapsed_s + took_s, stall_s + waited_s
+        on_pass(int(num_tokens.sum()))
+    counts = residency.counts()
+    num_bytes = counts[Count.MISSES] * int(trace.meta.get("expert_bytes") or 0)
+    return ReplayResult(setting, _cache_stats(counts, schedule), counts[Count.MISSES], num_bytes, stall_s, elapsed_s)
+
+
+_PASSES_AT_ONCE = 2000
+
+
+def _events(trace: RoutingTrace, schedule: Sequence[Tokens]) -> tuple[Tokens, Tokens, Tokens]:
+    """Layer steps one after the other: where each one's demand begins, the demanded experts (ids, ascending), and
+    how many tokens chose them."""
+    offsets = np.arange(trace.num_layers)[:, None] * trace.num_experts
+    if all(len(rows) == 1 for rows in schedule):
+        chosen = trace.experts[np.concatenate(schedule)].astype(np.int64)
+        demand = (np.sort(chosen, axis=2) + offsets).reshape(-1)
+        return np.arange(0, demand.size + 1, trace.top_k), demand, np.ones_like(demand)
+    parts = [
+        np.unique(trace.experts[rows, layer].astype(np.int64) + offsets[layer], return_counts=True)
+        for rows in schedule
+        for layer in range(trace.num_layers)
+    ]
+    starts = np.cumsum([0, *(experts.size for experts, _ in parts)])
+    return starts, np.concatenate([experts for experts, _ in parts]), np.concatenate([counts for _, counts in parts])
+
+
+def _next_demands(events: Tokens, demand: Tokens) -> Tokens:
+    """The layer step (from 1) in which each entry of `demand` is demanded next; past the last one where never."""
+    step = np.repeat(np.arange(1, events.size), np.diff(events))
+    order = np.lexsort((step, demand))
+    again = demand[order][1:] == demand[order][:-1]
+    future = np.full(demand.size, events.size)
+    future[order[:-1][again]] = step[order[1:][again]]
+    return future
+
+
+def _replay_with_predictor(
+    trace: RoutingTrace,
+    schedule: Sequence[Tokens],
+    setting: Setting,
+    timing: Timing,
+    on_pass: Callable[[int], None],
+) -> ReplayResult:
+    """Through the engine's coordinator and transfer queue."""
     residency = Residency(trace.num_layers, trace.num_experts, setting.slots, trace.top_k, setting.policy)
     transfer = SimulatedTransfer(timing.load_s, int(trace.meta.get("expert_bytes") or 0))
-    predictor = _predictor(trace, setting)
+    predictor = _predictor(trace, setting.predictor)
     coordinator = Coordinator(
         residency,
         transfer,
@@ -167,7 +237,6 @@ def replay(
         prefetch_count=setting.count,
         predict_every=setting.every,
     )
-    future = _Future(trace, schedule) if setting.policy == ORACLE.name.lower() else None
     for step, tokens in enumerate(schedule):
         passing = _pass(trace, step, tokens)
         if isinstance(predictor, RecordedLookahead):
@@ -177,13 +246,18 @@ def replay(
             chosen = trace.experts[tokens, layer].astype(np.int64)
             experts, counts = np.unique(chosen, return_counts=True)
             demand = (experts + layer * trace.num_experts).tolist()
-            if future is not None:
-                residency.foretell(demand, future.next_demands(demand))
             transfer.advance(timing.layer_s)
             for group in coordinator.serve(layer, demand, counts.tolist(), Observation(passing, chosen)):
                 transfer.advance(timing.expert_s * len(group))
         on_pass(len(tokens))
-    return _result(setting, coordinator, transfer, schedule)
+    stats = transfer.stats()
+    cache = _cache_stats(residency.counts(), schedule)
+    return ReplayResult(setting, cache, stats.num_loads, stats.num_bytes, stats.stall_s, transfer.now_s)
+
+
+def _cache_stats(counts: Mapping[Count, int], schedule: Sequence[Tokens]) -> CacheStats:
+    named = {f"num_{count.name.lower()}": number for count, number in counts.items()}
+    return CacheStats(num_passes=len(schedule), num_tokens=sum(map(len, schedule)), **named)
 
 
 def _schedule(trace: RoutingTrace, batch: int | None, max_tokens: int | None) -> list[Tokens]:
@@ -197,18 +271,16 @@ def _schedule(trace: RoutingTrace, batch: int | None, max_tokens: int | None) ->
     return schedule
 
 
-def _predictor(trace: RoutingTrace, setting: Setting) -> Predictor:
-    if setting.policy == ORACLE.name.lower() and setting.predictor != "none":
-        raise UsageError("belady loads on demand only: leave the predictor at none")
-    if setting.predictor == "none":
+def _predictor(trace: RoutingTrace, kind: str) -> Predictor:
+    if kind == "none":
         return NoPredictor()
-    if setting.predictor == "previous_token":
+    if kind == "previous_token":
         return PreviousToken(trace.num_layers, trace.num_experts)
-    if setting.predictor == "gate_lookahead":
+    if kind == "gate_lookahead":
         if trace.predicted is None:
             raise UsageError("the trace has no recorded gate lookahead (field `predicted`); take another predictor")
         return RecordedLookahead(trace)
-    raise UsageError(f"no predictor {setting.predictor!r} that replays a trace; there are {', '.join(PREDICTORS)}")
+    raise UsageError(f"no predictor {kind!r} that replays a trace; there are {', '.join(PREDICTORS)}")
 
 
 PREDICTORS = ("none", "previous_token", "gate_lookahead")
@@ -218,33 +290,3 @@ def _pass(trace: RoutingTrace, step: int, tokens: Tokens) -> Pass:
     phase = Phase.DECODE if trace.phase is None else Phase(int(trace.phase[tokens[0]]))
     ids = () if trace.token_ids is None else tuple(trace.token_ids[tokens].tolist())
     return Pass(phase, len(tokens), step, ids, tuple(trace.request[tokens].tolist()))
-
-
-class _Future:
-    """For every expert, the layer steps in which it is demanded, taken one after the other."""
-
-    def __init__(self, trace: RoutingTrace, schedule: Sequence[Tokens]) -> None:
-        num_layers, num_experts = trace.num_layers, trace.num_experts
-        self._never = len(schedule) * num_layers + 1
-        self._steps: list[deque[int]] = [deque() for _ in range(num_layers * num_experts)]
-        step = 0
-        for tokens in schedule:
-            for layer in range(num_layers):
-                step += 1
-                for expert in np.unique(trace.experts[tokens, layer]).tolist():
-                    self._steps[layer * num_experts + expert].append(step)
-
-    def next_demands(self, demand: Sequence[int]) -> list[int]:
-        """When each of `demand`, which is demanded now, is demanded next."""
-        for expert in demand:
-            self._steps[expert].popleft()
-        return [self._steps[expert][0] if self._steps[expert] else self._never for expert in demand]
-
-
-def _result(
-    setting: Setting, coordinator: Coordinator, transfer: SimulatedTransfer, schedule: Sequence[Tokens]
-) -> ReplayResult:
-    counts = {f"num_{count.name.lower()}": number for count, number in coordinator.residency.counts().items()}
-    cache = CacheStats(num_passes=len(schedule), num_tokens=sum(map(len, schedule)), **counts)
-    stats = transfer.stats()
-    return ReplayResult(setting, cache, stats.num_loads, stats.num_bytes, stats.stall_s, transfer.now_s)
