@@ -54,6 +54,11 @@ class Engine:
         self._num_passes = self._num_tokens = 0
         self.on_pass(self._count)
 
+    @property
+    def num_pools(self) -> int:
+        """Expert shapes, each with slots of its own; 0 for a resident model."""
+        return len(self._pools)
+
     def on_pass(self, listener: Callable[[Pass], None]) -> None:
         """Call `listener` at the beginning of every forward pass."""
         self._passes.listeners.append(listener)

@@ -44,6 +44,16 @@ def test_same_tokens_as_the_resident_model_at_every_budget(checkpoint: Path) -> 
             engine.check_integrity()
 
 
+def test_previous_token_prefetches_and_changes_no_token(checkpoint: Path) -> None:
+    with runtime.load_reference(checkpoint) as reference:
+        expected = _generate(reference, do_sample=False)
+    overrides = {"cache.slots": 5, "predictor.kind": "previous_token", "prefetch.depth": 2}
+    with runtime.load(checkpoint, overrides=overrides) as engine:
+        assert _generate(engine, do_sample=False) == expected
+        assert engine.stats().cache.num_prefetch_issued > 0
+        engine.check_integrity()
+
+
 def test_fp32_equals_plain_transformers_defaults(tmp_path: Path) -> None:
     checkpoint = save_tiny(tmp_path, dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(checkpoint)

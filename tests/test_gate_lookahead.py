@@ -109,7 +109,9 @@ def test_asking_leaves_hooks_on_routers_alone() -> None:
     routers[1].register_forward_hook(lambda *_: seen.append(1))
     tap = RouterInput(routers[0])
     routers[0](torch.ones(2, 3, HIDDEN))
-    assert tap() is not None and tap().shape == (6, HIDDEN)  # type: ignore[union-attr]
+    taken = tap()
+    assert taken is not None and taken.shape == (6, HIDDEN)
+    assert tap() is None  # nothing of a long prompt stays behind
     predictor = GateLookahead([LookaheadRouter(router, None) for router in routers], EXPERTS, depth=1)
     predictor.observe(0, _observation(torch.ones(1, HIDDEN)))
     assert not seen

@@ -76,11 +76,10 @@ class Contender:
 class EngineContender(Contender):
     """Our engine, offloaded: counts what its cache and its transfer did."""
 
-    def __init__(self, engine: Engine, has_one_pool: bool) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine.model)
         self._engine = engine
         self._needed: tuple[Load, ...] = ()
-        self._has_one_pool = has_one_pool
 
     def facts(self) -> JsonDict:
         """Adds the slots and the notes of the engine."""
@@ -91,7 +90,7 @@ class EngineContender(Contender):
 
         None for a model whose experts differ in shape: the engine then has several pools and replays none of them.
         """
-        return {"replay_s": self._engine.replay_loads(self._needed) if self._has_one_pool else None}
+        return {"replay_s": self._engine.replay_loads(self._needed) if self._engine.num_pools == 1 else None}
 
     def close(self) -> JsonDict:
         """Stop the I/O threads."""
@@ -149,10 +148,7 @@ def build(spec: JsonDict) -> Contender:
         source, checkpoint = (model, None) if profile is None else (profile, model)
         if kind == "reference":
             return ReferenceContender(runtime.load_reference(source, checkpoint, overrides=spec["overrides"]))
-        from runtime.build import describe
-
-        engine = runtime.load(source, checkpoint, overrides=spec["overrides"], record_loads=True)
-        return EngineContender(engine, describe(model).num_pools == 1)
+        return EngineContender(runtime.load(source, checkpoint, overrides=spec["overrides"], record_loads=True))
     from harness.measure import baselines
 
     if kind == "resident":

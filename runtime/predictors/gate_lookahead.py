@@ -29,15 +29,19 @@ class LookaheadRouter:
 
 
 class RouterInput:
-    """Keeps what a router was last given, flattened to [tokens, hidden]."""
+    """Keeps what a router was last given, flattened to [tokens, hidden], until it is asked for.
+
+    No longer: the hidden states of a long prompt, kept for every layer, are more than many a slot.
+    """
 
     def __init__(self, router: nn.Module) -> None:
         self._last: torch.Tensor | None = None
         router.register_forward_pre_hook(self._keep)
 
     def __call__(self) -> torch.Tensor | None:
-        """The last input, or None before the first."""
-        return self._last
+        """The last input; None before the first and when it has been taken."""
+        last, self._last = self._last, None
+        return last
 
     def _keep(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if args:
