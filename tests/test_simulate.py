@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,11 +28,15 @@ from harness.measure.replay import (
     passes,
     replay,
 )
-from harness.simulate import main
+from harness.simulate import ALL_POLICIES, main
 from runtime.cache.policies import POLICIES
-from runtime.trace import RoutingTrace, write_trace
+from runtime.telemetry import EngineStats
+from runtime.trace import RoutingTrace, read_trace, write_trace
+from runtime.vocabulary import Load
 
 ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+COUNTS = ("hits", "in_flight", "misses", "evictions", "prefetch_issued", "prefetch_used", "prefetch_wasted")
 TIMING = Timing(load_s=2e-3, expert_s=5e-4, layer_s=1e-3)
 
 
@@ -48,23 +55,49 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_a_recorded_run_replays_with_the_engines_own_counts(checkpoint: Path, policy: str) -> None:
-    overrides = {"cache.slots": 7, "cache.policy": policy, "prefetch.depth": 0}
+def _run_and_record(checkpoint: Path, overrides: dict[str, object], at_once: bool) -> tuple[EngineStats, RoutingTrace]:
+    """Prompts, decoding and batches. With `at_once` every load has arrived before anything else happens."""
     with runtime.load(checkpoint, overrides=overrides) as engine:
+        if at_once:
+            _arrive_at_once(engine._pools[0].coordinator.transfer)
         engine.start_trace()
-        for text in ("the cat sat.", "a dog ran to the sea, and sang"):  # prefill, then decoding, warm slots
+        for text in ("the cat sat.", "a dog ran to the sea, and sang"):
             inputs = engine.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
             engine.model.generate(**inputs, max_new_tokens=9, do_sample=False)
         engine.model(torch.arange(12).view(3, 4))
         engine.model(torch.arange(3).view(3, 1))  # three requests decoded together
-        ours, trace = engine.stats(), engine.trace()
-        store = engine._pools[0].store
-    trace = replace(trace, meta={**trace.meta, "expert_bytes": store.expert_bytes})
+        return engine.stats(), engine.trace()
+
+
+def _arrive_at_once(transfer: Any) -> None:
+    submit = transfer.submit
+
+    def submit_and_wait(loads: Sequence[Load]) -> None:
+        submit(loads)
+        for load in loads:
+            transfer.wait_any([load.expert])
+
+    transfer.submit = submit_and_wait
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_recorded_run_replays_with_the_engines_own_counts(checkpoint: Path, policy: str) -> None:
+    overrides = {"cache.slots": 7, "cache.policy": policy, "prefetch.depth": 0}
+    ours, trace = _run_and_record(checkpoint, overrides, at_once=False)
     found = replay(trace, Setting(policy, 7), TIMING)
     assert found.cache == ours.cache
-    assert (found.num_loads, found.num_bytes) == (ours.num_loads, ours.num_loads * store.expert_bytes)
-    assert found.cache.num_lookups > 0 and found.cache.num_waves > found.cache.num_layer_steps
+    assert found.num_bytes == ours.num_loads * trace.meta["expert_bytes"] > 0
+    assert found.num_loads == ours.num_loads and found.cache.num_waves > found.cache.num_layer_steps
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_with_prefetch_the_decisions_are_the_engines(checkpoint: Path, policy: str) -> None:
+    overrides = {"cache.slots": 7, "cache.policy": policy, "predictor.kind": "previous_token", "prefetch.depth": 2}
+    ours, trace = _run_and_record(checkpoint, {**overrides, "prefetch.count": 2}, at_once=True)
+    at_once = Timing(load_s=0.0, expert_s=0.0, layer_s=1.0)
+    found = replay(trace, Setting(policy, 7, "previous_token", depth=2, count=2), at_once)
+    assert found.cache == ours.cache and found.num_loads == ours.num_loads
+    assert found.cache.num_prefetch_issued > 0
 
 
 @pytest.mark.parametrize("batch", [None, 3])
@@ -183,3 +216,24 @@ def test_it_runs_where_torch_is_not_installed(trace_file: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "previous_token" in result.stdout
+
+
+def _golden_counts() -> dict[str, dict[str, int]]:
+    """Every policy x predictor x budget on the committed trace: four requests of the demo, prompt and text."""
+    trace = read_trace(DATA / "demo-routing.npz")
+    found = {}
+    for share, policy, predictor in product((0.15, 0.25, 0.45), ALL_POLICIES, ("none", "previous_token")):
+        if (policy, predictor) != ("belady", "previous_token"):
+            result = replay(trace, Setting(policy, round(256 * share), predictor), TIMING).as_dict()
+            found[f"{share:.0%} {policy} {predictor}"] = {name: result[name] for name in COUNTS}
+    return found
+
+
+def test_golden_counts() -> None:
+    """A change here is a change of decisions. `PYTHONPATH=.:tests python tests/test_simulate.py` writes new ones."""
+    assert _golden_counts() == json.loads((DATA / "replay-golden.json").read_text())
+
+
+if __name__ == "__main__":
+    rows = (f"{json.dumps(name)}: {json.dumps(counts)}" for name, counts in _golden_counts().items())
+    (DATA / "replay-golden.json").write_text("{\n" + ",\n".join(rows) + "\n}\n")
