@@ -15,14 +15,14 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from harness.measure.replay import PREDICTORS, ReplayResult, Setting, Timing, replay
+from harness.measure.replay import PREDICTORS, ReplayResult, Schedule, Setting, Timing, replay
 from runtime.cache.policies import ORACLE, POLICIES
 from runtime.errors import UsageError, cli_main
 from runtime.files import write_atomic
 from runtime.machine import parse_bytes
 from runtime.trace import RoutingTrace, read_trace
 
-ALL_POLICIES = (*POLICIES, ORACLE.name.lower())
+ALL_POLICIES = (*POLICIES, ORACLE)
 DEFAULT_SLOTS = "15%,25%,45%"
 ASSUMED_EXPERT_BYTES = 6 << 20  # where the trace does not say
 
@@ -34,24 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    _check_counts(arguments)
     trace = read_trace(arguments.trace)
     settings = _settings(arguments, trace)
     timing = _timing(arguments, trace)
-    num_tokens = min(trace.num_tokens, arguments.max_tokens or trace.num_tokens)
+    schedule = Schedule(trace, batch=arguments.batch, max_tokens=arguments.max_tokens)
     results = []
     quiet = arguments.json or not sys.stderr.isatty()
-    with tqdm(total=num_tokens * len(settings), unit="tok", desc="replaying", disable=quiet) as bar:
+    with tqdm(total=schedule.num_tokens * len(settings), unit="tok", desc="replaying", disable=quiet) as bar:
         for setting in settings:
             bar.set_postfix_str(f"{setting.policy}, {setting.slots} slots")
-            done = replay(
-                trace, setting, timing, batch=arguments.batch, max_tokens=arguments.max_tokens, on_pass=bar.update
-            )
+            done = replay(schedule, setting, timing, on_pass=bar.update)
             results.append(done)
             if arguments.json:
                 print(json.dumps(done.as_dict()), flush=True)
     table = pd.DataFrame([result.as_dict() for result in results])
     if arguments.csv:
-        table.to_csv(arguments.csv, index=False)
+        write_atomic(arguments.csv, table.to_csv(index=False))
     if arguments.plot:
         from harness.report.plots import replays_png
 
@@ -59,6 +58,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(_text(results, trace))
     return 0
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for name in ("depth", "count", "every", "batch", "max_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
 
 
 def _settings(arguments: argparse.Namespace, trace: RoutingTrace) -> list[Setting]:
@@ -72,7 +78,7 @@ def _settings(arguments: argparse.Namespace, trace: RoutingTrace) -> list[Settin
     return [
         Setting(policy, count, predictor, arguments.depth, arguments.count, arguments.every)
         for count, policy, predictor in itertools.product(slots, policies, predictors)
-        if policy != ORACLE.name.lower() or predictor == "none" or len(predictors) == 1
+        if policy != ORACLE or predictor == "none" or len(predictors) == 1
     ]
 
 

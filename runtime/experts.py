@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -218,13 +218,14 @@ class GroupedKernel(RowKernel):
         for expert, weights in arrivals:
             positions = self._positions(expert)
             tokens = torch.from_numpy(positions // self.index.shape[-1]).to(self.hidden.device)
-            activate = partial(self._activate_among, int((self._flat < expert).sum()))
+            activate = partial(self._activate_among, expert)
             self._put(positions, self._feed_forward(self.hidden[tokens], weights, self._linear, activate))
 
-    def _activate_among(self, start: int, x: torch.Tensor) -> torch.Tensor:
-        """Activate `x` as rows `start`, … of transformers' call."""
+    def _activate_among(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """Activate the rows of `expert` as transformers' call does, where they stand among those of all experts."""
         if self._rows_are_independent(x) or x.device.type != "cpu" or not self.module.has_gate:
             return self._activate(x)
+        start = int((self._flat < expert).sum())
         if self._has_default_gate:
             return self._activate_in_parts(start, x)
         among = x.new_zeros(self._flat.size, x.shape[-1])
@@ -260,20 +261,15 @@ class GroupedKernel(RowKernel):
 class GemvKernel(RowKernel):
     """Matrix-vector products of our own, all arrived experts in one call; see `gemv.py`."""
 
-    def __init__(
-        self,
-        module: Any,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        experts: Sequence[int],
-    ) -> None:
-        super().__init__(module, hidden, index, weights, experts)
-        self._places: dict[int, list[int]] = {expert: [] for expert in experts}
+    _wide: torch.Tensor | None = None  # the hidden states as float32
+
+    @cached_property
+    def _places(self) -> dict[int, list[int]]:
+        """The rows of every expert, ascending: what `_positions` finds for one, as lists."""
+        places: dict[int, list[int]] = {}
         for place, expert in enumerate(self._flat.tolist()):
-            if expert in self._places:
-                self._places[expert].append(place)
-        self._wide: torch.Tensor | None = None
+            places.setdefault(expert, []).append(place)
+        return places
 
     def add(self, arrivals: Sequence[Arrival]) -> None:
         starts, places = [0], list[int]()

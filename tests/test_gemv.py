@@ -43,6 +43,14 @@ def test_a_row_does_not_depend_on_what_it_is_batched_with(dtype: torch.dtype, tr
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_without_openmp_it_runs_alone_and_gives_the_same(monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    x, weight = _case(torch.bfloat16, 3, transposed)
+    shared = gemv_linear(x, weight, is_transposed=transposed)
+    monkeypatch.setattr("runtime.gemv._openmp", lambda: None)
+    assert torch.equal(gemv_linear(x, weight, is_transposed=transposed), shared)
+
+
 def test_bfloat16_is_rounded_to_nearest_even_and_keeps_infinities_and_nan() -> None:
     values = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.0e38, -0.0, float("inf"), float("-inf"), float("nan")])
     # One row of weights per value: value = (its bfloat16 part) * 1 + (the rest) * 1, summed in float32.

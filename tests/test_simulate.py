@@ -21,11 +21,10 @@ from tiny import EXPERTS, LAYERS, save_tiny
 import runtime
 from harness.measure.replay import (
     RecordedLookahead,
+    Schedule,
     Setting,
     Timing,
     _replay_with_predictor,
-    _schedule,
-    passes,
     replay,
 )
 from harness.simulate import ALL_POLICIES, main
@@ -84,7 +83,7 @@ def _arrive_at_once(transfer: Any) -> None:
 def test_a_recorded_run_replays_with_the_engines_own_counts(checkpoint: Path, policy: str) -> None:
     overrides = {"cache.slots": 7, "cache.policy": policy, "prefetch.depth": 0}
     ours, trace = _run_and_record(checkpoint, overrides, at_once=False)
-    found = replay(trace, Setting(policy, 7), TIMING)
+    found = replay(Schedule(trace), Setting(policy, 7), TIMING)
     assert found.cache == ours.cache
     assert found.num_bytes == ours.num_loads * trace.meta["expert_bytes"] > 0
     assert found.num_loads == ours.num_loads and found.cache.num_waves > found.cache.num_layer_steps
@@ -95,7 +94,7 @@ def test_with_prefetch_the_decisions_are_the_engines(checkpoint: Path, policy: s
     overrides = {"cache.slots": 7, "cache.policy": policy, "predictor.kind": "previous_token", "prefetch.depth": 2}
     ours, trace = _run_and_record(checkpoint, {**overrides, "prefetch.count": 2}, at_once=True)
     at_once = Timing(load_s=0.0, expert_s=0.0, layer_s=1.0)
-    found = replay(trace, Setting(policy, 7, "previous_token", depth=2, count=2), at_once)
+    found = replay(Schedule(trace), Setting(policy, 7, "previous_token", depth=2, count=2), at_once)
     assert found.cache == ours.cache and found.num_loads == ours.num_loads
     assert found.cache.num_prefetch_issued > 0
 
@@ -104,10 +103,11 @@ def test_with_prefetch_the_decisions_are_the_engines(checkpoint: Path, policy: s
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_the_compiled_replay_is_the_coordinator(policy: str, batch: int | None) -> None:
     trace = _random(1, 120, 4, 16, 3)
+    schedule = Schedule(trace, batch=batch)
     for slots in (2, 12, 40):
         setting = Setting(policy, slots)
-        compiled = replay(trace, setting, TIMING, batch=batch)
-        stepped = _replay_with_predictor(trace, _schedule(trace, batch, None), setting, TIMING, lambda _: None)
+        compiled = replay(schedule, setting, TIMING)
+        stepped = _replay_with_predictor(schedule, setting, TIMING, lambda _: None)
         assert compiled.cache == stepped.cache
         assert (compiled.num_loads, compiled.num_bytes) == (stepped.num_loads, stepped.num_bytes)
         if compiled.cache.num_waves == compiled.cache.num_layer_steps:  # later waves load after earlier ones computed
@@ -129,7 +129,8 @@ def test_nothing_misses_less_than_belady(
     top_k = data.draw(st.integers(1, experts))
     slots = data.draw(st.integers(top_k, layers * experts))
     trace = _random(seed, tokens, layers, experts, top_k)
-    misses = {policy: replay(trace, Setting(policy, slots), TIMING).num_loads for policy in (*POLICIES, "belady")}
+    schedule = Schedule(trace)
+    misses = {policy: replay(schedule, Setting(policy, slots), TIMING).num_loads for policy in ALL_POLICIES}
     assert misses["belady"] == min(misses.values())
     assert misses["belady"] >= len(np.unique(trace.experts[:, 0]))
 
@@ -138,7 +139,7 @@ def test_recorded_lookahead_is_prefetched_and_a_perfect_one_hides_loads() -> Non
     trace = _random(2, 80, 4, 16, 2)
     predicted = np.full((80, 4, 1, 2), np.iinfo(np.uint16).max, np.uint16)
     predicted[:, :-1, 0] = trace.experts[:, 1:]
-    perfect = replace(trace, predicted=predicted)
+    perfect = Schedule(replace(trace, predicted=predicted))
     without = replay(perfect, Setting("next_use", 20), TIMING)
     with_it = replay(perfect, Setting("next_use", 20, "gate_lookahead", depth=1, count=2), TIMING)
     assert with_it.cache.num_prefetch_used > 0 and with_it.cache.num_prefetch_wasted == 0
@@ -150,10 +151,10 @@ def test_recorded_lookahead_is_prefetched_and_a_perfect_one_hides_loads() -> Non
 def test_a_batch_keeps_its_size_while_requests_wait() -> None:
     request = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2], np.int32)
     trace = RoutingTrace(np.zeros((9, 1, 1), np.uint16), request, {"num_experts": 2})
-    assert [rows.tolist() for rows in passes(trace, 2)] == [[0, 3], [1, 4], [2, 5], [6], [7], [8]]
-    assert [len(rows) for rows in passes(trace)] == [1] * 9
+    assert [rows.tolist() for rows in Schedule(trace, batch=2).passes] == [[0, 3], [1, 4], [2, 5], [6], [7], [8]]
+    assert [len(rows) for rows in Schedule(trace).passes] == [1] * 9
     stepped = replace(trace, step=np.array([0, 0, 0, 1, 1, 2, 3, 3, 3], np.int32))
-    assert [len(rows) for rows in passes(stepped)] == [3, 2, 1, 3]
+    assert [len(rows) for rows in Schedule(stepped).passes] == [3, 2, 1, 3]
 
 
 @pytest.fixture
@@ -194,6 +195,9 @@ def test_the_table_the_csv_and_the_plot(trace_file: Path, tmp_path: Path, capsys
         (["--predictor", "gate_lookahead", "--policy", "lru"], "no recorded gate lookahead"),
         (["--predictor", "previous_token", "--policy", "belady"], "on demand only"),
         (["--bandwidth", "fast"], "'fast'"),
+        (["--batch", "0"], "--batch 0"),
+        (["--every", "0"], "--every 0"),
+        (["--max-tokens", "-3"], "--max-tokens -3"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -220,11 +224,11 @@ def test_it_runs_where_torch_is_not_installed(trace_file: Path) -> None:
 
 def _golden_counts() -> dict[str, dict[str, int]]:
     """Every policy x predictor x budget on the committed trace: four requests of the demo, prompt and text."""
-    trace = read_trace(DATA / "demo-routing.npz")
+    schedule = Schedule(read_trace(DATA / "demo-routing.npz"))
     found = {}
     for share, policy, predictor in product((0.15, 0.25, 0.45), ALL_POLICIES, ("none", "previous_token")):
         if (policy, predictor) != ("belady", "previous_token"):
-            result = replay(trace, Setting(policy, round(256 * share), predictor), TIMING).as_dict()
+            result = replay(schedule, Setting(policy, round(256 * share), predictor), TIMING).as_dict()
             found[f"{share:.0%} {policy} {predictor}"] = {name: result[name] for name in COUNTS}
     return found
 

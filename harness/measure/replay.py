@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +17,13 @@ from runtime.cache.residency import Count, Residency
 from runtime.errors import UsageError
 from runtime.predictors.base import Forecast, NoPredictor, Observation, Predictor
 from runtime.predictors.previous_token import PreviousToken
-from runtime.telemetry import CacheStats
+from runtime.telemetry import CacheStats, engine_stats
 from runtime.trace import NO_PREDICTION, RoutingTrace
+from runtime.transfer.base import TransferStats
 from runtime.transfer.simulated import SimulatedTransfer
 from runtime.vocabulary import Pass, Phase
 
-Tokens = npt.NDArray[np.int64]
-"""Rows of a trace that run in one pass."""
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -86,48 +87,70 @@ class ReplayResult:
         }
 
 
-class RecordedLookahead(Predictor):
-    """The gate lookahead that was recorded with a trace (`RoutingTrace.predicted`)."""
+class Demands(NamedTuple):
+    """What the layer steps of a schedule demand, one after the other: step `i` from `starts[i]` to `starts[i + 1]`."""
 
-    def __init__(self, trace: RoutingTrace) -> None:
-        assert trace.predicted is not None
-        self._predicted = trace.predicted
-        self._forecast: Forecast = np.zeros((trace.num_layers, trace.num_experts), np.float32)
-        self._tokens: Tokens = np.zeros(0, np.int64)
-
-    def take(self, tokens: Tokens) -> None:
-        """The rows of the trace that the coming pass runs."""
-        self._tokens = tokens
-
-    def observe(self, layer: int, observation: Observation) -> None:
-        """Look up what was forecast at this layer."""
-        num_layers, num_experts = self._forecast.shape
-        depth, num_ranks = self._predicted.shape[2:]
-        worth = 1.0 - np.arange(num_ranks) / (100 * num_ranks)  # likelier first among equals
-        for ahead in range(1, min(depth, num_layers - 1 - layer) + 1):
-            chosen = self._predicted[self._tokens, layer, ahead - 1]
-            is_known = chosen != NO_PREDICTION
-            weights = np.broadcast_to(worth, chosen.shape)[is_known]
-            counted = np.bincount(chosen[is_known], weights=weights, minlength=num_experts)
-            self._forecast[layer + ahead] = counted
-
-    def forecast(self, layer: int) -> Forecast:
-        """Tokens for which each expert was forecast."""
-        return self._forecast
+    starts: Integers
+    experts: Integers  # ids, ascending within a step
+    tokens: Integers  # how many tokens chose each
 
 
-def passes(trace: RoutingTrace, batch: int | None = None) -> Iterator[Tokens]:
-    """The rows of each pass, in order.
+class Schedule:
+    """The passes in which the tokens of a trace run.
 
     Args:
         batch: None for the passes of the recorded run (`trace.step`; each token its own where it is absent); else that
             many requests are decoded together, one token of each per pass, the next request following when one ends.
+        max_tokens: stop after about that many.
+    Attributes:
+        passes: the rows of the trace in each pass.
     """
-    if batch is None:
-        steps = trace.step if trace.step is not None else np.arange(trace.num_tokens)
-        cuts = np.flatnonzero(np.diff(steps)) + 1
-        yield from np.split(np.arange(trace.num_tokens), cuts)
-        return
+
+    def __init__(self, trace: RoutingTrace, *, batch: int | None = None, max_tokens: int | None = None) -> None:
+        self.trace = trace
+        self.passes: list[Integers] = []
+        self.num_tokens = 0
+        for rows in _recorded_passes(trace) if batch is None else _batched_passes(trace, batch):
+            if max_tokens is not None and self.num_tokens >= max_tokens:
+                break
+            self.passes.append(rows)
+            self.num_tokens += len(rows)
+
+    @cached_property
+    def demands(self) -> Demands:
+        """What every layer step demands."""
+        trace = self.trace
+        offsets = np.arange(trace.num_layers)[:, None] * trace.num_experts
+        if all(len(rows) == 1 for rows in self.passes):
+            chosen = trace.experts[np.concatenate(self.passes)].astype(np.int64)
+            experts = (np.sort(chosen, axis=2) + offsets).reshape(-1)
+            return Demands(np.arange(0, experts.size + 1, trace.top_k), experts, np.ones_like(experts))
+        parts = [
+            np.unique(trace.experts[rows, layer].astype(np.int64) + offsets[layer], return_counts=True)
+            for rows in self.passes
+            for layer in range(trace.num_layers)
+        ]
+        starts = np.cumsum([0, *(experts.size for experts, _ in parts)])
+        return Demands(starts, np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
+
+    @cached_property
+    def next_demands(self) -> Integers:
+        """The layer step (from 1) in which each demanded expert is demanded next; past the last one where never."""
+        starts, experts, _ = self.demands
+        step = np.repeat(np.arange(1, starts.size), np.diff(starts))
+        order = np.lexsort((step, experts))
+        again = experts[order][1:] == experts[order][:-1]
+        future = np.full(experts.size, starts.size)
+        future[order[:-1][again]] = step[order[1:][again]]
+        return future
+
+
+def _recorded_passes(trace: RoutingTrace) -> list[Integers]:
+    steps = trace.step if trace.step is not None else np.arange(trace.num_tokens)
+    return np.split(np.arange(trace.num_tokens), np.flatnonzero(np.diff(steps)) + 1)
+
+
+def _batched_passes(trace: RoutingTrace, batch: int) -> Iterator[Integers]:
     order = np.argsort(trace.request, kind="stable")
     waiting = deque(np.split(order, np.flatnonzero(np.diff(trace.request[order])) + 1))
     running: list[deque[int]] = []
@@ -138,155 +161,139 @@ def passes(trace: RoutingTrace, batch: int | None = None) -> Iterator[Tokens]:
         running = [request for request in running if request]
 
 
+class RecordedLookahead(Predictor):
+    """The gate lookahead that was recorded with a trace (`RoutingTrace.predicted`).
+
+    Raises:
+        UsageError: none was recorded.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        trace = schedule.trace
+        if trace.predicted is None:
+            raise UsageError("the trace has no recorded gate lookahead (field `predicted`); take another predictor")
+        self._passes, self._predicted = schedule.passes, trace.predicted
+        self._forecast: Forecast = np.zeros((trace.num_layers, trace.num_experts), np.float32)
+
+    def observe(self, layer: int, observation: Observation) -> None:
+        """Look up what was forecast at this layer."""
+        num_layers, num_experts = self._forecast.shape
+        depth, num_ranks = self._predicted.shape[2:]
+        rows = self._passes[observation.passing.step]
+        worth = 1.0 - np.arange(num_ranks) / (100 * num_ranks)  # likelier first among equals
+        for ahead in range(1, min(depth, num_layers - 1 - layer) + 1):
+            chosen = self._predicted[rows, layer, ahead - 1]
+            is_known = chosen != NO_PREDICTION
+            weights = np.broadcast_to(worth, chosen.shape)[is_known]
+            self._forecast[layer + ahead] = np.bincount(chosen[is_known], weights=weights, minlength=num_experts)
+
+    def forecast(self, layer: int) -> Forecast:
+        """Tokens for which each expert was forecast."""
+        return self._forecast
+
+
+_PREDICTORS: dict[str, Callable[[Schedule], Predictor]] = {
+    "none": lambda schedule: NoPredictor(),
+    "previous_token": lambda schedule: PreviousToken(schedule.trace.num_layers, schedule.trace.num_experts),
+    "gate_lookahead": RecordedLookahead,
+}
+PREDICTORS = tuple(_PREDICTORS)
+
+
 def replay(
-    trace: RoutingTrace,
+    schedule: Schedule,
     setting: Setting,
     timing: Timing,
-    *,
-    batch: int | None = None,
-    max_tokens: int | None = None,
     on_pass: Callable[[int], None] = lambda num_tokens: None,
 ) -> ReplayResult:
-    """Replay `trace` from empty slots.
-
-    Args:
-        batch: see `passes`. max_tokens: stop after about that many. on_pass: told the tokens of each pass.
+    """Replay a trace from empty slots; `on_pass` is told how many tokens have run since it was last called.
 
     Raises:
         UsageError: the setting asks for what the trace does not have, or for what cannot be.
     """
-    schedule = _schedule(trace, batch, max_tokens)
     if setting.predictor == "none":
-        return _replay_on_demand(trace, schedule, setting, timing, on_pass)
-    if setting.policy == ORACLE.name.lower():
+        return _replay_on_demand(schedule, setting, timing, on_pass)
+    if setting.policy == ORACLE:
         raise UsageError("belady loads on demand only: leave the predictor at none")
-    return _replay_with_predictor(trace, schedule, setting, timing, on_pass)
+    return _replay_with_predictor(schedule, setting, timing, on_pass)
 
 
 def _replay_on_demand(
-    trace: RoutingTrace,
-    schedule: Sequence[Tokens],
-    setting: Setting,
-    timing: Timing,
-    on_pass: Callable[[int], None],
+    schedule: Schedule, setting: Setting, timing: Timing, on_pass: Callable[[int], None]
 ) -> ReplayResult:
     """All of it compiled."""
-    residency = Residency(trace.num_layers, trace.num_experts, setting.slots, trace.top_k, setting.policy)
-    events, demand, tokens = _events(trace, schedule)
-    is_oracle = setting.policy == ORACLE.name.lower()
-    future = _next_demands(events, demand) if is_oracle else np.zeros(0, np.int64)
-    sizes = np.array([len(rows) for rows in schedule])
+    residency, num_layers = _residency(schedule.trace, setting), schedule.trace.num_layers
+    starts, experts, tokens = schedule.demands
+    future = schedule.next_demands if setting.policy == ORACLE else np.zeros(0, np.int64)
+    sizes = np.array([len(rows) for rows in schedule.passes])
     elapsed_s = stall_s = 0.0
-    for first in range(0, len(schedule), _PASSES_AT_ONCE):
-        part = slice(first * trace.num_layers, (first + _PASSES_AT_ONCE) * trace.num_layers + 1)
+    for first in range(0, len(sizes), _PASSES_AT_ONCE):
+        part = slice(first * num_layers, (first + _PASSES_AT_ONCE) * num_layers + 1)
         num_tokens = sizes[first : first + _PASSES_AT_ONCE]
-        took_s, waited_s = residency.replay(events[part], demand, tokens, num_tokens, future, **asdict(timing))
+        took_s, waited_s = residency.replay(starts[part], experts, tokens, num_tokens, future, **asdict(timing))
         elapsed_s, stall_s = elapsed_s + took_s, stall_s + waited_s
         on_pass(int(num_tokens.sum()))
-    counts = residency.counts()
-    num_bytes = counts[Count.MISSES] * int(trace.meta.get("expert_bytes") or 0)
-    return ReplayResult(setting, _cache_stats(counts, schedule), counts[Count.MISSES], num_bytes, stall_s, elapsed_s)
+    num_loads = residency.counts()[Count.MISSES]
+    moved = TransferStats(num_loads, num_loads * _expert_bytes(schedule.trace), stall_s=stall_s)
+    return _result(schedule, setting, residency, moved, elapsed_s)
 
 
 _PASSES_AT_ONCE = 2000
 
 
-def _events(trace: RoutingTrace, schedule: Sequence[Tokens]) -> tuple[Tokens, Tokens, Tokens]:
-    """Layer steps one after the other: where each one's demand begins, the demanded experts (ids, ascending), and
-    how many tokens chose them."""
-    offsets = np.arange(trace.num_layers)[:, None] * trace.num_experts
-    if all(len(rows) == 1 for rows in schedule):
-        chosen = trace.experts[np.concatenate(schedule)].astype(np.int64)
-        demand = (np.sort(chosen, axis=2) + offsets).reshape(-1)
-        return np.arange(0, demand.size + 1, trace.top_k), demand, np.ones_like(demand)
-    parts = [
-        np.unique(trace.experts[rows, layer].astype(np.int64) + offsets[layer], return_counts=True)
-        for rows in schedule
-        for layer in range(trace.num_layers)
-    ]
-    starts = np.cumsum([0, *(experts.size for experts, _ in parts)])
-    return starts, np.concatenate([experts for experts, _ in parts]), np.concatenate([counts for _, counts in parts])
-
-
-def _next_demands(events: Tokens, demand: Tokens) -> Tokens:
-    """The layer step (from 1) in which each entry of `demand` is demanded next; past the last one where never."""
-    step = np.repeat(np.arange(1, events.size), np.diff(events))
-    order = np.lexsort((step, demand))
-    again = demand[order][1:] == demand[order][:-1]
-    future = np.full(demand.size, events.size)
-    future[order[:-1][again]] = step[order[1:][again]]
-    return future
-
-
 def _replay_with_predictor(
-    trace: RoutingTrace,
-    schedule: Sequence[Tokens],
-    setting: Setting,
-    timing: Timing,
-    on_pass: Callable[[int], None],
+    schedule: Schedule, setting: Setting, timing: Timing, on_pass: Callable[[int], None]
 ) -> ReplayResult:
     """Through the engine's coordinator and transfer queue."""
-    residency = Residency(trace.num_layers, trace.num_experts, setting.slots, trace.top_k, setting.policy)
-    transfer = SimulatedTransfer(timing.load_s, int(trace.meta.get("expert_bytes") or 0))
-    predictor = _predictor(trace, setting.predictor)
+    trace, residency = schedule.trace, _residency(schedule.trace, setting)
+    transfer = SimulatedTransfer(timing.load_s, _expert_bytes(trace))
+    predictor = _PREDICTORS[setting.predictor](schedule)
     coordinator = Coordinator(
         residency,
         transfer,
         predictor,
-        prefetch_depth=0 if isinstance(predictor, NoPredictor) else setting.depth,
+        prefetch_depth=setting.depth,
         prefetch_count=setting.count,
         predict_every=setting.every,
     )
-    for step, tokens in enumerate(schedule):
-        passing = _pass(trace, step, tokens)
-        if isinstance(predictor, RecordedLookahead):
-            predictor.take(tokens)
+    starts, experts, tokens = (array.tolist() for array in schedule.demands)
+    event = 0
+    for step, rows in enumerate(schedule.passes):
+        passing = _pass(trace, step, rows)
         predictor.begin(passing)
         for layer in range(trace.num_layers):
-            chosen = trace.experts[tokens, layer].astype(np.int64)
-            experts, counts = np.unique(chosen, return_counts=True)
-            demand = (experts + layer * trace.num_experts).tolist()
+            part = slice(starts[event], starts[event + 1])
+            seen = Observation(passing, trace.experts[rows, layer].astype(np.int64))
             transfer.advance(timing.layer_s)
-            for group in coordinator.serve(layer, demand, counts.tolist(), Observation(passing, chosen)):
+            for group in coordinator.serve(layer, experts[part], tokens[part], seen):
                 transfer.advance(timing.expert_s * len(group))
-        on_pass(len(tokens))
-    stats = transfer.stats()
-    cache = _cache_stats(residency.counts(), schedule)
-    return ReplayResult(setting, cache, stats.num_loads, stats.num_bytes, stats.stall_s, transfer.now_s)
+            event += 1
+        on_pass(len(rows))
+    return _result(schedule, setting, residency, transfer.stats(), transfer.now_s)
 
 
-def _cache_stats(counts: Mapping[Count, int], schedule: Sequence[Tokens]) -> CacheStats:
-    named = {f"num_{count.name.lower()}": number for count, number in counts.items()}
-    return CacheStats(num_passes=len(schedule), num_tokens=sum(map(len, schedule)), **named)
+def _residency(trace: RoutingTrace, setting: Setting) -> Residency:
+    return Residency(trace.num_layers, trace.num_experts, setting.slots, trace.top_k, setting.policy)
 
 
-def _schedule(trace: RoutingTrace, batch: int | None, max_tokens: int | None) -> list[Tokens]:
-    schedule: list[Tokens] = []
-    num_tokens = 0
-    for tokens in passes(trace, batch):
-        if max_tokens is not None and num_tokens >= max_tokens:
-            break
-        schedule.append(tokens)
-        num_tokens += len(tokens)
-    return schedule
+def _expert_bytes(trace: RoutingTrace) -> int:
+    return int(trace.meta.get("expert_bytes") or 0)
 
 
-def _predictor(trace: RoutingTrace, kind: str) -> Predictor:
-    if kind == "none":
-        return NoPredictor()
-    if kind == "previous_token":
-        return PreviousToken(trace.num_layers, trace.num_experts)
-    if kind == "gate_lookahead":
-        if trace.predicted is None:
-            raise UsageError("the trace has no recorded gate lookahead (field `predicted`); take another predictor")
-        return RecordedLookahead(trace)
-    raise UsageError(f"no predictor {kind!r} that replays a trace; there are {', '.join(PREDICTORS)}")
+def _pass(trace: RoutingTrace, step: int, rows: Integers) -> Pass:
+    phase = Phase.DECODE if trace.phase is None else Phase(int(trace.phase[rows[0]]))
+    ids = () if trace.token_ids is None else tuple(trace.token_ids[rows].tolist())
+    return Pass(phase, len(rows), step, ids, tuple(trace.request[rows].tolist()))
 
 
-PREDICTORS = ("none", "previous_token", "gate_lookahead")
-
-
-def _pass(trace: RoutingTrace, step: int, tokens: Tokens) -> Pass:
-    phase = Phase.DECODE if trace.phase is None else Phase(int(trace.phase[tokens[0]]))
-    ids = () if trace.token_ids is None else tuple(trace.token_ids[tokens].tolist())
-    return Pass(phase, len(tokens), step, ids, tuple(trace.request[tokens].tolist()))
+def _result(
+    schedule: Schedule, setting: Setting, residency: Residency, moved: TransferStats, elapsed_s: float
+) -> ReplayResult:
+    stats = engine_stats(
+        residencies=[residency.counts()],
+        transfers=[moved],
+        num_passes=len(schedule.passes),
+        num_tokens=schedule.num_tokens,
+        peak_resident_bytes=0,
+    )
+    return ReplayResult(setting, stats.cache, stats.num_loads, stats.num_bytes, stats.stall_s, elapsed_s)

@@ -1,6 +1,6 @@
 """Eviction policies: one formula each. The resident expert with the lowest score is evicted first.
 
-A formula is a pure function of a few per-expert values, compiled into the cache's one step (`residency.py`):
+A formula is a pure function of a few per-expert values, compiled into the cache's one step (`steps.py`):
 
     last_used   layer step at which the expert was last demanded (-1: never)
     loaded_at   layer step at which it was brought in
@@ -36,9 +36,9 @@ class Policy(enum.IntEnum):
     BELADY = 5
 
 
-ORACLE = Policy.BELADY
+POLICIES: dict[str, Policy] = {policy.name.lower(): policy for policy in Policy if policy is not Policy.BELADY}
+ORACLE = Policy.BELADY.name.lower()
 """Knows the future; for replays of a trace only."""
-POLICIES: dict[str, Policy] = {policy.name.lower(): policy for policy in Policy if policy is not ORACLE}
 
 ALPHAS = (0.6, 0.05, 0.002)  # fast, medium, slow
 LEARNING_RATE = 0.01  # of the next-token table
@@ -111,5 +111,5 @@ def score(policy, last_used, loaded_at, uses, fast, medium, slow, soon, next_dem
     return _next_use(fast, medium, slow, soon, distance, num_layers)
 
 
-# The compiled step is cached on disk under its own file's time stamp; it carries this one too (see residency.py).
+# The compiled step is cached on disk under its own file's time stamp; it carries this one too (see steps.py).
 SOURCE = Path(__file__).read_text(encoding="utf-8")

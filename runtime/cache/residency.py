@@ -40,7 +40,7 @@ class Residency:
         if num_slots < 1:
             raise BudgetError(f"{num_slots} expert slots: at least 1 is needed; raise the memory limit or cache.slots")
         self.num_layers, self.num_experts, self.num_slots = num_layers, num_experts, num_slots
-        self._policy = int({**POLICIES, ORACLE.name.lower(): ORACLE}[policy])
+        self._policy = int(Policy.BELADY if policy == ORACLE else POLICIES[policy])
         per_layer = num_experts if self._policy == Policy.NEXT_USE else 0
         self._state = new_state(num_layers * num_experts, num_slots, top_k / num_experts, per_layer)
 
@@ -109,7 +109,8 @@ class Residency:
             load_s, expert_s, layer_s: virtual seconds of a load, of computing an expert, of the rest of a layer.
 
         Returns:
-            Virtual seconds in all, and of these waited.
+            Virtual seconds in all, and of these waited. The loads of a step that takes several waves are timed as if
+            they were one.
         """
         times = (load_s, expert_s, layer_s)
         elapsed_s, stall_s = compiled.replay(
