@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
 from harness.measure.stats import Ratio
-
-IntArray = npt.NDArray[np.int64]
+from runtime.cache.residency import next_demands
 
 
 @dataclass(frozen=True)
@@ -56,27 +54,20 @@ def oracle_misses(demands: Sequence[Sequence[int]], num_slots: int) -> int:
     """Fewest loads with which `num_slots` pooled slots could have served `demands`, by Belady's rule.
 
     The oracle starts with the best contents (an empty slot is filled for free): the count bounds an engine that was
-    warm already. A layer step's experts stay during that step, as long as there are other candidates.
+    warm already. A layer step's experts stay during that step, as long as there are other candidates. With steps that
+    need more experts than there are slots it is near the fewest only, and not what the cache's own oracle, which goes
+    in waves, counts.
 
     Args:
         demands: per layer step, the distinct experts (ids over all layers) that it needs, in the order of execution.
         num_slots: at least 1.
     """
-    sizes = np.array([len(step) for step in demands], np.int64)
-    flat = np.fromiter((expert for step in demands for expert in step), np.int64, int(sizes.sum()))
+    starts = np.cumsum([0, *map(len, demands)])
+    flat = np.fromiter((expert for step in demands for expert in step), np.int64, int(starts[-1]))
     if not flat.size:
         return 0
-    step_of = np.repeat(np.arange(sizes.size), sizes)
-    return int(_belady(flat, step_of, _next_use(flat, step_of, sizes.size), int(flat.max()) + 1, num_slots))
-
-
-def _next_use(flat: IntArray, step_of: IntArray, never: int) -> IntArray:
-    """For each demand, the step of the same expert's next one; `never` when there is none."""
-    order = np.lexsort((np.arange(flat.size), flat))
-    following = np.full(flat.size, never, np.int64)
-    same = flat[order[1:]] == flat[order[:-1]]
-    following[order[:-1][same]] = step_of[order[1:][same]]
-    return following
+    step_of = np.repeat(np.arange(len(demands)), np.diff(starts))
+    return int(_belady(flat, step_of, next_demands(starts, flat), int(flat.max()) + 1, num_slots))
 
 
 @njit(cache=True)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from runtime.cache.coordinator import Coordinator
 from runtime.cache.policies import ORACLE
-from runtime.cache.residency import Count, Residency
+from runtime.cache.residency import Count, Residency, next_demands
 from runtime.errors import UsageError
 from runtime.predictors.base import Forecast, NoPredictor, Observation, Predictor
 from runtime.predictors.previous_token import PreviousToken
@@ -134,15 +134,9 @@ class Schedule:
         return Demands(starts, np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
 
     @cached_property
-    def next_demands(self) -> Integers:
-        """The layer step (from 1) in which each demanded expert is demanded next; past the last one where never."""
-        starts, experts, _ = self.demands
-        step = np.repeat(np.arange(1, starts.size), np.diff(starts))
-        order = np.lexsort((step, experts))
-        again = experts[order][1:] == experts[order][:-1]
-        future = np.full(experts.size, starts.size)
-        future[order[:-1][again]] = step[order[1:][again]]
-        return future
+    def future(self) -> Integers:
+        """In which layer step each demanded expert is demanded next."""
+        return next_demands(self.demands.starts, self.demands.experts)
 
 
 def _recorded_passes(trace: RoutingTrace) -> list[Integers]:
@@ -224,7 +218,7 @@ def _replay_on_demand(
     """All of it compiled."""
     residency, num_layers = _residency(schedule.trace, setting), schedule.trace.num_layers
     starts, experts, tokens = schedule.demands
-    future = schedule.next_demands if setting.policy == ORACLE else np.zeros(0, np.int64)
+    future = schedule.future if setting.policy == ORACLE else np.zeros(0, np.int64)
     sizes = np.array([len(rows) for rows in schedule.passes])
     elapsed_s = stall_s = 0.0
     for first in range(0, len(sizes), _PASSES_AT_ONCE):

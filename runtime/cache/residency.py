@@ -19,7 +19,7 @@ from runtime.cache.steps import DEFERRED, Count, IntArray, new_state
 from runtime.errors import BudgetError
 from runtime.vocabulary import Load, LoadReason, Lookup, Plan
 
-__all__ = ["Count", "Residency"]
+__all__ = ["Count", "Residency", "next_demands"]
 
 
 class Residency:
@@ -92,7 +92,7 @@ class Residency:
         demand: IntArray,
         tokens: IntArray,
         num_tokens: IntArray,
-        next_demands: IntArray,
+        future: IntArray,
         *,
         load_s: float,
         expert_s: float,
@@ -104,8 +104,7 @@ class Residency:
             events: [steps + 1], where each layer step's part of `demand` begins; layers in turn from 0.
             demand: distinct experts (ids) of each step; tokens: how many tokens chose each of them.
             num_tokens: [passes], tokens in each pass.
-            next_demands: per entry of `demand`, the layer step (from 1) in which it is demanded next; only the oracle
-                needs it, empty otherwise.
+            future: what `next_demands` says of them, which only the oracle needs; empty otherwise.
             load_s, expert_s, layer_s: virtual seconds of a load, of computing an expert, of the rest of a layer.
 
         Returns:
@@ -114,7 +113,7 @@ class Residency:
         """
         times = (load_s, expert_s, layer_s)
         elapsed_s, stall_s = compiled.replay(
-            self._state, self._policy, self.num_experts, events, num_tokens, demand, tokens, next_demands, ALPHAS, times
+            self._state, self._policy, self.num_experts, events, num_tokens, demand, tokens, future, ALPHAS, times
         )
         return elapsed_s, stall_s
 
@@ -176,3 +175,17 @@ class Residency:
         for name in ("ready", "prefetched", "unwanted", "leases"):
             assert not getattr(state, name)[absent].any(), f"an absent expert is {name}"
         assert (state.leases >= 0).all(), "negative lease"
+
+
+def next_demands(events: IntArray, demand: IntArray) -> IntArray:
+    """The layer step (from 1) in which each entry of `demand` is demanded next; past the last one where never.
+
+    Args:
+        events, demand: as in `Residency.replay`, of all layer steps.
+    """
+    step = np.repeat(np.arange(1, events.size), np.diff(events))
+    order = np.lexsort((step, demand))
+    again = demand[order][1:] == demand[order][:-1]
+    future = np.full(demand.size, events.size)
+    future[order[:-1][again]] = step[order[1:][again]]
+    return future
