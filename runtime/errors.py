@@ -30,6 +30,14 @@ class TraceError(ExpertFlowError):
     """A routing trace that is malformed."""
 
 
+class ArtifactError(ExpertFlowError):
+    """A trained predictor that is damaged, newer than this version, or for another model."""
+
+
+class PromptError(ExpertFlowError):
+    """A prompt, or a file of prompts, that cannot be run."""
+
+
 class DeviceError(ExpertFlowError):
     """A compute device that is not there or that cannot be used."""
 

@@ -65,7 +65,8 @@ class Pass:
     """One forward pass of the model, as predictors and traces see it.
 
     `step` counts the engine's passes from 0. `token_ids` are in the order of the flattened batch, empty when the
-    model was given embeddings; `requests` says which sequence each token belongs to.
+    model was given embeddings; `requests` says which sequence each token belongs to: a number that no other sequence
+    of the run has. `tasks` names the task of each token's request, empty where none was given.
     """
 
     phase: Phase
@@ -73,3 +74,4 @@ class Pass:
     step: int
     token_ids: tuple[int, ...] = ()
     requests: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ()

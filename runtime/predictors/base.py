@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ import numpy.typing as npt
 from runtime.vocabulary import Pass
 
 Forecast = npt.NDArray[np.float32]
+
+BEFORE_FIRST_LAYER = -1
+"""The `layer` of a forecast that is asked for after `begin` and before any layer has been routed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,7 @@ class Observation:
         passing: the forward pass.
         experts: int64 [tokens, top_k], the router's choice (indices within the layer), as the router ordered them.
         hidden: the router's input [tokens, hidden], a tensor on the compute device; None where nobody asks for it,
-        as in
-            a replay.
+            as in a replay.
     """
 
     passing: Pass
@@ -34,13 +37,20 @@ class Observation:
 class Predictor(ABC):
     """Forecasts which experts the coming layers of a pass will need.
 
-    The coordinator calls `begin` once per forward pass, then `observe` and `forecast` for each MoE layer in
-    execution order. A predictor owns its state and mutates nothing that it is given. `observe` may be skipped for
-    passes (predictor frequency); `forecast` then answers from what is known.
+    The coordinator calls `begin` once per forward pass and `forecast(BEFORE_FIRST_LAYER)`, then `observe` and
+    `forecast` for each MoE layer in execution order. A predictor owns its state and mutates nothing that it is given.
+    `observe` may be skipped for passes (predictor frequency); `forecast` then answers from what is known. What
+    `forecast` returns belongs to the predictor and may change with its next call.
+
+    Attributes:
+        by_likelihood: experts are to be prefetched in descending order of the forecast, whatever their layer, instead
+            of layer by layer in execution order.
     """
 
+    by_likelihood: bool = False
+
     def begin(self, passing: Pass) -> None:  # noqa: B027 -- optional: most predictors only need `observe`
-        """A forward pass starts."""
+        """A forward pass starts; the one before it, if any, is complete."""
 
     @abstractmethod
     def observe(self, layer: int, observation: Observation) -> None:
@@ -48,7 +58,11 @@ class Predictor(ABC):
 
     @abstractmethod
     def forecast(self, layer: int) -> Forecast | None:
-        """Expected tokens per expert, float32 [layers, experts]; rows up to `layer` mean nothing. None: no forecast."""
+        """Expected tokens per expert, float32 [layers, experts], when `layer` has just been routed.
+
+        Rows after `layer` are about this pass. Rows up to `layer` are about the next one, for predictors that look
+        that far; they mean nothing otherwise. None: no forecast (yet).
+        """
 
 
 class NoPredictor(Predictor):
@@ -60,3 +74,15 @@ class NoPredictor(Predictor):
     def forecast(self, layer: int) -> None:
         """Always None."""
         return None
+
+
+class RoutePredictor(Protocol):
+    """Knows the route of tokens before they are computed; what token schedulers ask."""
+
+    def routes(self, contexts: Sequence[Sequence[int]]) -> npt.NDArray[np.bool_]:
+        """Predicted route of the last token of each context: bool [contexts, layers, experts], top_k true per layer.
+
+        Args:
+            contexts: token ids of each request so far, its next token to be computed last; none is empty.
+        """
+        ...

@@ -1,0 +1,107 @@
+"""Trained predictors on disk: one safetensors file that says what it is and which model it belongs to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from runtime.errors import ArtifactError
+from runtime.files import write_atomic
+
+FORMAT = "expertflow-predictor"
+VERSION = 1
+
+
+class RoutingShape(NamedTuple):
+    """What a predictor must know of a model: MoE layers, experts per layer, experts per token."""
+
+    layers: int
+    experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A trained predictor.
+
+    Attributes:
+        kind: name of the predictor, as in a profile.
+        model: name of the model whose routing it learned: its folder's name or hub id.
+        shape: of that model.
+        params: numbers, strings and lists that the predictor needs beside its arrays; JSON.
+        arrays: weights by name.
+    """
+
+    kind: str
+    model: str
+    shape: RoutingShape
+    params: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+def write_artifact(path: str | Path, artifact: Artifact) -> None:
+    """Write `artifact` to `path`, wholly or not at all."""
+    about = {
+        "kind": artifact.kind,
+        "model": artifact.model,
+        "shape": artifact.shape._asdict(),
+        "params": dict(artifact.params),
+    }
+    metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
+    arrays = {name: np.ascontiguousarray(array) for name, array in artifact.arrays.items()}
+    write_atomic(Path(path), save(arrays, metadata))
+
+
+def read_artifact(path: str | Path, *, kind: str, shape: RoutingShape, model: str | None = None) -> Artifact:
+    """Read an artefact and check that it is a `kind` for a model of `shape` (and of that name, where one is given).
+
+    Raises:
+        ArtifactError: it cannot be read, is damaged, newer than this version, or for something else; and the way out.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot read the predictor: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise ArtifactError(f"{path}: damaged, or not a safetensors file ({error}); {_AGAIN}") from error
+    found = _described(path, metadata, arrays)
+    if found.kind != kind:
+        raise ArtifactError(f"{path}: holds a {found.kind} predictor, not {kind}; {_AGAIN}")
+    if found.shape != shape:
+        raise ArtifactError(
+            f"{path}: belongs to {found.model} ({_text(found.shape)}), not to a model of {_text(shape)}; {_AGAIN}"
+        )
+    if model is not None and found.model != model:
+        raise ArtifactError(f"{path}: belongs to {found.model}, not to {model}; {_AGAIN}")
+    return found
+
+
+_AGAIN = "train one on this model's traces: python -m harness.fit"
+
+
+def _described(path: Path, metadata: Mapping[str, str], arrays: dict[str, npt.NDArray[Any]]) -> Artifact:
+    if metadata.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: a safetensors file, but not a predictor; {_AGAIN}")
+    try:
+        version = int(metadata["version"])
+        if version > VERSION:
+            raise ArtifactError(f"{path}: version {version} is newer than {VERSION}; upgrade expertflow")
+        about: dict[str, Any] = json.loads(metadata["about"])
+        return Artifact(about["kind"], about["model"], RoutingShape(**about["shape"]), about["params"], arrays)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{path}: its description is damaged ({error!r}); {_AGAIN}") from error
+
+
+def _text(shape: RoutingShape) -> str:
+    return f"{shape.layers} layers x {shape.experts} experts, top-{shape.top_k}"
