@@ -45,7 +45,7 @@ class RoutingTrace:
     Attributes:
         experts: uint16 [tokens, layers, top_k], by descending routing weight.
         request: int32 [tokens], the sequence that a token belongs to.
-        meta: at least `num_experts`; usually model, expert_bytes, task per request, source, licence.
+        meta: at least `num_experts`; usually model, expert_bytes, `tasks` (a name per request), source, licence.
         weights: float16 [tokens, layers, top_k], the routing weights of `experts`.
         token_ids: int32 [tokens].
         step: int32 [tokens], the forward pass that a token was in; None: each token is its own.
@@ -82,6 +82,11 @@ class RoutingTrace:
     def num_experts(self) -> int:
         """Experts per layer."""
         return int(self.meta["num_experts"])
+
+    def task(self, request: int) -> str:
+        """What kind of request it is: entry `request` of `meta.tasks`, "default" where there is none."""
+        tasks = self.meta.get("tasks")
+        return str(tasks[request]) if isinstance(tasks, list) and 0 <= request < len(tasks) else "default"
 
 
 def read_trace(path: str | Path) -> RoutingTrace:
