@@ -254,7 +254,7 @@ def _replay_with_predictor(
     event = 0
     for step, rows in enumerate(schedule.passes):
         passing = _pass(trace, step, rows)
-        predictor.begin(passing)
+        coordinator.begin(passing)
         for layer in range(trace.num_layers):
             part = slice(starts[event], starts[event + 1])
             seen = Observation(passing, trace.experts[rows, layer].astype(np.int64))

@@ -9,9 +9,9 @@ import numpy as np
 
 from runtime.cache.residency import Residency
 from runtime.errors import TransferError
-from runtime.predictors.base import Observation, Predictor
+from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
 from runtime.transfer.base import Transfer
-from runtime.vocabulary import Load, LoadReason, Phase, Plan
+from runtime.vocabulary import Load, LoadReason, Pass, Phase, Plan
 
 
 class Coordinator:
@@ -40,6 +40,11 @@ class Coordinator:
         self.residency, self.transfer, self.predictor = residency, transfer, predictor
         self.prefetch_depth, self.prefetch_count, self.predict_every = prefetch_depth, prefetch_count, predict_every
         self.needed_loads = needed_loads
+
+    def begin(self, passing: Pass) -> None:
+        """A forward pass starts: what the predictor knows of it already is prefetched before its first layer."""
+        self.predictor.begin(passing)
+        self._prefetch(BEFORE_FIRST_LAYER, passing.num_tokens)
 
     def serve(
         self, layer: int, demand: Sequence[int], tokens: Sequence[int], observation: Observation
@@ -87,32 +92,34 @@ class Coordinator:
 
     def _predict(self, layer: int, observation: Observation) -> None:
         passing = observation.passing
-        if self.prefetch_depth and (passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0):
+        if passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0:
             self.predictor.observe(layer, observation)
 
     def _prefetch(self, layer: int, num_tokens: int) -> None:
-        if not self.prefetch_depth:
+        """Tell the policy what is forecast, and load what the coming layers are expected to need."""
+        forecast = self.predictor.forecast(layer)
+        if forecast is None:
             return
-        wanted, steps_ahead = self._wanted(layer, num_tokens)
+        if self.residency.foresees:
+            self.residency.foresee(forecast, 0 if self.predictor.sees_next_pass else layer + 1)
+        wanted, steps_ahead = self._wanted(layer, forecast, num_tokens)
         if wanted:
             self.transfer.submit(self.residency.plan_prefetch(layer, wanted, steps_ahead))
 
-    def _wanted(self, layer: int, num_tokens: int) -> tuple[list[int], list[int]]:
-        """Experts to have ready for the coming layers, nearest layer first, likeliest first; and layers until each."""
-        forecast = self.predictor.forecast(layer)
-        wanted: list[int] = []
-        steps_ahead: list[int] = []
-        if forecast is None:
-            return wanted, steps_ahead
+    def _wanted(self, layer: int, forecast: Forecast, num_tokens: int) -> tuple[list[int], list[int]]:
+        """Experts to have ready for the coming layers and layers until each, most urgent first: those of the nearest
+        layer, or whatever is likeliest."""
         num_layers, num_experts = forecast.shape
         most = min(self.prefetch_count * num_tokens, num_experts)
+        found: list[tuple[float, int, int]] = []
         for ahead in range(1, min(self.prefetch_depth, num_layers - 1 - layer) + 1):
             row = forecast[layer + ahead]
-            likeliest = np.argsort(-row, kind="stable")[:most]
-            chosen = likeliest[row[likeliest] > 0.0] + (layer + ahead) * num_experts
-            wanted.extend(chosen.tolist())
-            steps_ahead.extend([ahead] * len(chosen))
-        return wanted, steps_ahead
+            likeliest = np.argsort(-row, kind="stable")[:most].tolist()
+            base = (layer + ahead) * num_experts
+            found.extend((row[index], base + index, ahead) for index in likeliest if row[index] > 0.0)
+        if self.predictor.by_likelihood:
+            found.sort(key=lambda one: -one[0])
+        return [expert for _, expert, _ in found], [ahead for *_, ahead in found]
 
     def _arrivals(self, plan: Plan) -> Iterator[Sequence[int]]:
         """The experts of one wave in groups as they are ready. A lease ends when the consumer comes back for more."""

@@ -10,9 +10,15 @@ A formula is a pure function of a few per-expert values, compiled into the cache
     soon        P(the next token of its layer selects it): `often` of these frequencies, and what the experts of the
                 last token say (learned online)
     next_demand layer step at which the expert is demanded next, for the oracle
+    forecast    tokens that a predictor expects to choose the expert at its layer's next turn; -1: nobody said
+    share       the forecast over the sum of its layer's
     now         the layer step that is running
+    layer       the expert's layer, from 0
     distance    layers until the expert's layer runs next, 1 … num_layers (its own layer: num_layers)
     num_layers  layers in one token's cycle
+
+All experts of a layer must keep their order from one turn of the layer to the next, unless the forecast changes: the
+step remembers each layer's worst resident. `lfru` does not, and pays with a scan of all slots.
 
 To add a policy: write its function, give it a line in `score` and a row in `POLICIES`.
 """
@@ -34,11 +40,18 @@ class Policy(enum.IntEnum):
     STATIC = 3
     NEXT_USE = 4
     BELADY = 5
+    ACTIVATION = 6
+    PLEC = 7
+    PERIODIC = 8
+    PROBABILISTIC_BELADY = 9
 
 
 POLICIES: dict[str, Policy] = {policy.name.lower(): policy for policy in Policy if policy is not Policy.BELADY}
 ORACLE = Policy.BELADY.name.lower()
 """Knows the future; for replays of a trace only."""
+
+FORESEEING = frozenset({"activation", "plec", "periodic", "probabilistic_belady"})
+"""Policies that go by a predictor's forecast."""
 
 ALPHAS = (0.6, 0.05, 0.002)  # fast, medium, slow
 LEARNING_RATE = 0.01  # of the next-token table
@@ -96,7 +109,40 @@ def _belady(next_demand):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def score(policy, last_used, loaded_at, uses, fast, medium, slow, soon, next_demand, now, distance, num_layers):  # type: ignore[no-untyped-def]
+def _activation(share, layer, num_layers):  # type: ignore[no-untyped-def]
+    """MoE-Infinity (arXiv 2401.14361v3, algorithm 1): (p + eps) (1 - i / L), p the layer's share of the predicted
+    activation matrix. Early layers are kept: prefetching cannot help them."""
+    return (max(share, 0.0) + 1e-6) * (1.0 - layer / num_layers)
+
+
+@njit(inline="always")
+def _plec(forecast, last_used, now, distance, num_layers):  # type: ignore[no-untyped-def]
+    """ExpertFlow's predictive locality-aware cache (arXiv 2410.17954v2, section 3.3): slots belong to the experts that
+    are predicted, in execution order, within a layer by expected tokens. What is not predicted goes first, the longest
+    unused before others."""
+    if forecast >= 0.5:
+        return num_layers - distance + 1.0 + forecast / (forecast + 1.0)
+    return 1.0 / (now - last_used + 2.0)
+
+
+@njit(inline="always")
+def _periodic(forecast, last_used, now):  # type: ignore[no-untyped-def]
+    """eMoE (arXiv 2503.06823, section 3.3): the experts with the most expected tokens N_i are kept; of those without
+    any the longest unused goes first."""
+    return max(forecast, 0.0) + 1e-9 / (now - last_used + 2.0)
+
+
+@njit(inline="always")
+def _probabilistic_belady(fast, medium, slow, soon, forecast, distance, num_layers):  # type: ignore[no-untyped-def]
+    """`next_use` with the predictor's forecast of the next turn in place of its own, where there is one."""
+    return _next_use(fast, medium, slow, soon if forecast < 0.0 else forecast, distance, num_layers)
+
+
+@njit(inline="always")
+def score(  # type: ignore[no-untyped-def]
+    policy, last_used, loaded_at, uses, fast, medium, slow, soon, next_demand, forecast, share, now, layer, distance,
+    num_layers,
+):  # fmt: skip
     """Value of keeping a resident expert under `policy`; the lowest goes."""
     if policy == 0:
         return _lru(last_used)
@@ -108,8 +154,19 @@ def score(policy, last_used, loaded_at, uses, fast, medium, slow, soon, next_dem
         return _static(loaded_at)
     if policy == 5:
         return _belady(next_demand)
+    if policy == 6:
+        return _activation(share, layer, num_layers)
+    if policy == 7:
+        return _plec(forecast, last_used, now, distance, num_layers)
+    if policy == 8:
+        return _periodic(forecast, last_used, now)
+    if policy == 9:
+        return _probabilistic_belady(fast, medium, slow, soon, forecast, distance, num_layers)
     return _next_use(fast, medium, slow, soon, distance, num_layers)
 
+
+KEEPS_ORDER = tuple(policy is not Policy.LFRU for policy in Policy)
+"""By policy: whether experts of one layer keep their order between the layer's turns."""
 
 # The compiled step is cached on disk under its own file's time stamp; it carries this one too (see steps.py).
 SOURCE = Path(__file__).read_text(encoding="utf-8")

@@ -10,12 +10,14 @@ A leased expert is never evicted. A load that failed is taken back with `drop`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.cache import steps as compiled
-from runtime.cache.policies import ALPHAS, ORACLE, POLICIES, Policy
-from runtime.cache.steps import DEFERRED, Count, IntArray, new_state
+from runtime.cache.policies import ALPHAS, FORESEEING, ORACLE, POLICIES, Policy
+from runtime.cache.steps import DEFERRED, NUM_FREE, Count, IntArray, new_state
 from runtime.errors import BudgetError
 from runtime.vocabulary import Load, LoadReason, Lookup, Plan
 
@@ -31,6 +33,9 @@ class Residency:
         top_k: experts per token, the prior of the frequency estimates.
         policy: name of an eviction policy (`policies.POLICIES`), or "belady", for `replay` only.
 
+    Attributes:
+        foresees: the policy goes by forecasts; see `foresee`.
+
     Raises:
         BudgetError: fewer than one slot.
         KeyError: an unknown policy.
@@ -41,8 +46,9 @@ class Residency:
             raise BudgetError(f"{num_slots} expert slots: at least 1 is needed; raise the memory limit or cache.slots")
         self.num_layers, self.num_experts, self.num_slots = num_layers, num_experts, num_slots
         self._policy = int(Policy.BELADY if policy == ORACLE else POLICIES[policy])
-        per_layer = num_experts if self._policy == Policy.NEXT_USE else 0
-        self._state = new_state(num_layers * num_experts, num_slots, top_k / num_experts, per_layer)
+        learns = self._policy in (Policy.NEXT_USE, Policy.PROBABILISTIC_BELADY)
+        self._state = new_state(num_layers, num_experts, num_slots, top_k / num_experts, learns=learns)
+        self.foresees = policy in FORESEEING
 
     def plan(
         self, layer: int, demand: Sequence[int], tokens: Sequence[int], num_tokens: int, *, first: bool = True
@@ -72,6 +78,22 @@ class Residency:
             else:
                 loads.append(Load(expert, slot, LoadReason.DEMAND))
         return Plan(tuple(hits), tuple(in_flight), tuple(loads), tuple(deferred))
+
+    def foresee(self, forecast: npt.NDArray[np.floating[Any]], first: int = 0) -> None:
+        """Tell the policy how many tokens are expected to choose each expert at its layer's next turn.
+
+        Args:
+            forecast: [layers, experts].
+            first: of the layers before this one nothing is known.
+        """
+        state, known = self._state, first * self.num_experts
+        state.experts["forecast"][known:] = forecast[first:].reshape(-1)
+        state.experts["forecast"][:known] = -1.0
+        if self._policy == Policy.ACTIVATION:
+            totals = forecast[first:].sum(axis=1, keepdims=True)
+            state.experts["share"][known:] = (forecast[first:] / np.maximum(totals, 1e-9)).reshape(-1)
+            state.experts["share"][:known] = -1.0
+        state.layers["is_stale"][:] = True
 
     def plan_prefetch(self, layer: int, wanted: Sequence[int], steps_ahead: Sequence[int]) -> tuple[Load, ...]:
         """Loads for experts that a forecast expects `steps_ahead[i]` (>= 1) layer steps after `layer`, most urgent
@@ -119,38 +141,41 @@ class Residency:
 
     def is_loading(self, expert: int) -> bool:
         """True between the decision to load `expert` and its completion."""
-        return bool(self._state.slot_of[expert] >= 0 and not self._state.ready[expert])
+        return bool(self._state.experts["slot_of"][expert] >= 0 and not self._state.experts["ready"][expert])
 
     def is_unused_prefetch(self, expert: int) -> bool:
         """True when a prefetch brought (or is bringing) `expert` and no layer has demanded it since."""
-        return bool(self._state.prefetched[expert])
+        return bool(self._state.experts["prefetched"][expert])
 
     def slot_of(self, expert: int) -> int:
         """Slot of a resident expert (arrived or not); -1 when it is not resident."""
-        return int(self._state.slot_of[expert])
+        return int(self._state.experts["slot_of"][expert])
 
     def complete(self, experts: Iterable[int]) -> None:
         """The bytes of these resident experts have arrived."""
         for expert in experts:
-            assert self._state.slot_of[expert] >= 0, f"expert {expert} completed without a slot"
-            self._state.ready[expert] = True
+            assert self._state.experts["slot_of"][expert] >= 0, f"expert {expert} completed without a slot"
+            self._state.experts["ready"][expert] = True
 
     def release(self, experts: Iterable[int]) -> None:
         """Give back one lease of each; from now on they may be evicted."""
         for expert in experts:
-            assert self._state.leases[expert] > 0, f"expert {expert} released without a lease"
-            self._state.leases[expert] -= 1
+            assert self._state.experts["leases"][expert] > 0, f"expert {expert} released without a lease"
+            self._state.experts["leases"][expert] -= 1
+            self._state.layers["is_stale"][expert // self.num_experts] = True
 
     def drop(self, expert: int) -> None:
         """Forget a resident expert whose load failed or was abandoned; its slot is free, its leases are void."""
         state = self._state
-        slot = state.slot_of[expert]
+        slot = state.experts["slot_of"][expert]
         assert slot >= 0, f"expert {expert} dropped without a slot"
         state.expert_in[slot] = -1
-        state.slot_of[expert] = -1
-        state.leases[expert] = 0
-        for flags in (state.ready, state.prefetched, state.unwanted):
-            flags[expert] = False
+        state.scalars[NUM_FREE] += 1
+        state.experts["slot_of"][expert] = -1
+        state.layers["is_stale"][expert // self.num_experts] = True
+        state.experts["leases"][expert] = 0
+        for flag in ("ready", "prefetched", "unwanted"):
+            state.experts[flag][expert] = False
 
     def counts(self) -> dict[Count, int]:
         """Counters since the last `reset_counts`."""
@@ -167,14 +192,16 @@ class Residency:
     def check_integrity(self) -> None:
         """Raise AssertionError if the arrays contradict each other; used by tests and when idle."""
         state = self._state
-        residents = np.flatnonzero(state.slot_of >= 0)
-        assert len(set(state.slot_of[residents].tolist())) == residents.size, "two experts share a slot"
-        assert np.array_equal(state.expert_in[state.slot_of[residents]], residents), "slot and expert disagree"
+        residents = np.flatnonzero(state.experts["slot_of"] >= 0)
+        slots = state.experts["slot_of"][residents]
+        assert len(set(slots.tolist())) == residents.size, "two experts share a slot"
+        assert np.array_equal(state.expert_in[slots], residents), "slot and expert disagree"
         assert int((state.expert_in >= 0).sum()) == residents.size, "a slot holds an expert that is not resident"
-        absent = state.slot_of < 0
+        assert int(state.scalars[NUM_FREE]) == self.num_slots - residents.size, "the free slots are miscounted"
+        absent = state.experts["slot_of"] < 0
         for name in ("ready", "prefetched", "unwanted", "leases"):
-            assert not getattr(state, name)[absent].any(), f"an absent expert is {name}"
-        assert (state.leases >= 0).all(), "negative lease"
+            assert not state.experts[name][absent].any(), f"an absent expert is {name}"
+        assert (state.experts["leases"] >= 0).all(), "negative lease"
 
 
 def next_demands(events: IntArray, demand: IntArray) -> IntArray:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from runtime.cache.policies import LEARNING_RATE, SOURCE, often, score
+from runtime.cache.policies import KEEPS_ORDER, LEARNING_RATE, SOURCE, often, score
 
 IntArray = npt.NDArray[np.int64]
 
@@ -35,86 +35,138 @@ class Count(enum.IntEnum):
     WAVES = 9
 
 
+# Per expert. Records rather than an array a field: what a compiled function is handed costs time by the array.
+_EXPERT = np.dtype(
+    [
+        ("slot_of", np.int64),  # -1: not resident
+        ("ready", np.bool_),  # its bytes have arrived
+        ("leases", np.int64),
+        ("prefetched", np.bool_),  # brought by a prefetch and not demanded since
+        ("unwanted", np.bool_),  # prefetched for its layer's last turn, which did not demand it
+        ("needed_at", np.int64),  # layer step at which a forecast expects it; stale once that step has passed
+        ("last_used", np.int64),
+        ("loaded_at", np.int64),
+        ("uses", np.int64),
+        ("fast", np.float64),
+        ("medium", np.float64),
+        ("slow", np.float64),
+        ("soon", np.float64),
+        ("rate", np.float64),  # share of the tokens of its layer's last turn that selected it
+        ("next_demand", np.int64),  # layer step; only the oracle is told
+        ("forecast", np.float64),  # expected tokens at the layer's next turn; -1: unknown
+        ("share", np.float64),  # of its layer's forecasts; -1: unknown
+    ],
+    align=True,
+)
+_LAYER = np.dtype(
+    [
+        ("worst", np.int64),  # the resident that goes first, -1: none may; holds unless `is_stale`
+        ("is_stale", np.bool_),
+    ],
+    align=True,
+)
+NOW, NUM_FREE = 0, 1  # in `State.scalars`: the layer step that is running; slots without an expert
+
+
 class State(NamedTuple):
-    """Arrays of the cache; per expert unless said otherwise."""
+    """Arrays of the cache."""
 
-    slot_of: IntArray  # -1: not resident
+    experts: npt.NDArray[np.void]  # records of _EXPERT
+    layers: npt.NDArray[np.void]  # records of _LAYER
     expert_in: IntArray  # per slot; -1: free
-    ready: npt.NDArray[np.bool_]  # its bytes have arrived
-    leases: IntArray
-    prefetched: npt.NDArray[np.bool_]  # brought by a prefetch and not demanded since
-    unwanted: npt.NDArray[np.bool_]  # prefetched for its layer's last turn, which did not demand it
-    needed_at: IntArray  # layer step at which a forecast expects it; stale once that step has passed
-    last_used: IntArray
-    loaded_at: IntArray
-    uses: IntArray
-    fast: npt.NDArray[np.float64]
-    medium: npt.NDArray[np.float64]
-    slow: npt.NDArray[np.float64]
-    soon: npt.NDArray[np.float64]
-    rate: npt.NDArray[np.float64]  # share of the tokens of its layer's last turn that selected it
     follows: npt.NDArray[np.float32]  # [expert, index]: what `expert` now adds to P(index at the layer's next token)
-    next_demand: IntArray  # layer step; only the oracle is told
     counts: IntArray  # per Count
-    now: IntArray  # one element: the layer step that is running
+    scalars: IntArray
 
 
-def new_state(num_experts: int, num_slots: int, prior: float, per_layer: int) -> State:
-    def filled(value: float, dtype: Any, size: int = num_experts) -> npt.NDArray[Any]:
-        return np.full(size, value, dtype)
-
+def new_state(num_layers: int, per_layer: int, num_slots: int, prior: float, *, learns: bool) -> State:
+    """Empty slots for `num_layers` x `per_layer` experts; `learns`: keep the next-token table."""
+    experts = np.zeros(num_layers * per_layer, _EXPERT)
+    for name in ("slot_of", "needed_at", "last_used", "loaded_at", "forecast", "share"):
+        experts[name] = -1
+    for name in ("fast", "medium", "slow", "soon"):
+        experts[name] = prior
+    layers = np.zeros(num_layers, _LAYER)
+    layers["is_stale"] = True
+    scalars = np.zeros(2, np.int64)
+    scalars[NUM_FREE] = num_slots
     return State(
-        slot_of=filled(-1, np.int64),
-        expert_in=filled(-1, np.int64, num_slots),
-        ready=filled(False, np.bool_),
-        leases=filled(0, np.int64),
-        prefetched=filled(False, np.bool_),
-        unwanted=filled(False, np.bool_),
-        needed_at=filled(-1, np.int64),
-        last_used=filled(-1, np.int64),
-        loaded_at=filled(-1, np.int64),
-        uses=filled(0, np.int64),
-        fast=filled(prior, np.float64),
-        medium=filled(prior, np.float64),
-        slow=filled(prior, np.float64),
-        soon=filled(prior, np.float64),
-        rate=filled(0.0, np.float64),
-        follows=np.zeros((num_experts if per_layer else 0, per_layer), np.float32),
-        next_demand=filled(0, np.int64),
-        counts=filled(0, np.int64, len(Count)),
-        now=filled(0, np.int64, 1),
+        experts=experts,
+        layers=layers,
+        expert_in=np.full(num_slots, -1),
+        follows=np.zeros((experts.size, per_layer) if learns else (0, 0), np.float32),
+        counts=np.zeros(len(Count), np.int64),
+        scalars=scalars,
     )
 
 
-@njit
-def _victim(state, policy, per_layer, layer, needed_by):  # type: ignore[no-untyped-def]
-    """Slot to reuse: a free one, else the lowest (tier, score) among unleased residents; -1 when there is none.
+@njit(inline="always")
+def _goes_before(state, policy, layer, expert, needed_by, tier, value, slot):  # type: ignore[no-untyped-def]
+    """Whether `expert` is a better victim than the best so far (its tier, score and slot); and the best of the two.
 
-    Tiers: 0 predicted but unwanted, 1 ordinary, 2 forecast for a step still to come. With `needed_by` >= 0 (a
-    prefetch needed at that step), experts forecast for that step or sooner are not considered at all.
+    Tiers: 0 predicted but unwanted, 1 ordinary, 2 forecast for a step still to come, 3 none. With `needed_by` >= 0 (a
+    prefetch needed at that step), experts forecast for that step or sooner are no victims at all.
     """
-    now, num_layers = state.now[0], state.slot_of.size // per_layer
-    best, best_tier, best_score = -1, 3, 0.0
-    for slot in range(state.expert_in.size):
-        expert = state.expert_in[slot]
-        if expert < 0:
-            return slot
-        if state.leases[expert] > 0:
-            continue
-        coming = state.needed_at[expert] > now
-        if coming and needed_by >= 0 and state.needed_at[expert] <= needed_by:
-            continue
-        tier = 0 if state.unwanted[expert] else (2 if coming else 1)
-        if tier > best_tier:
-            continue
-        distance = (expert // per_layer - layer - 1) % num_layers + 1
-        value = score(
-            policy, state.last_used[expert], state.loaded_at[expert], state.uses[expert],
-            state.fast[expert], state.medium[expert], state.slow[expert], state.soon[expert],
-            state.next_demand[expert], now, distance, num_layers,
-        )  # fmt: skip
-        if tier < best_tier or value < best_score:
-            best, best_tier, best_score = slot, tier, value
+    now, num_layers = state.scalars[NOW], state.layers.size
+    own = state.experts[expert]
+    coming = own.needed_at > now
+    own_tier = 0 if own.unwanted else (2 if coming else 1)
+    if own.slot_of < 0 or own.leases > 0 or own_tier > tier:
+        return False, tier, value, slot
+    if coming and needed_by >= 0 and own.needed_at <= needed_by:
+        return False, tier, value, slot
+    own_layer = expert // (state.experts.size // num_layers)
+    own_value = score(
+        policy, own.last_used, own.loaded_at, own.uses, own.fast, own.medium, own.slow, own.soon, own.next_demand,
+        own.forecast, own.share, now, own_layer, (own_layer - layer - 1) % num_layers + 1, num_layers,
+    )  # fmt: skip
+    if own_tier < tier or own_value < value or (own_value == value and own.slot_of < slot):
+        return True, own_tier, own_value, own.slot_of
+    return False, tier, value, slot
+
+
+@njit
+def _worst_of(state, policy, layer, start, end, are_slots, needed_by):  # type: ignore[no-untyped-def]
+    """The resident that goes first, of the experts (or of those in the slots) `start` to `end`; -1 when none may."""
+    worst, tier, value, slot = -1, 3, np.inf, state.expert_in.size
+    for one in range(start, end):
+        expert = state.expert_in[one] if are_slots else one
+        if state.experts[expert].slot_of >= 0:
+            goes, tier, value, slot = _goes_before(state, policy, layer, expert, needed_by, tier, value, slot)
+            if goes:
+                worst = expert
+    return worst
+
+
+@njit
+def _victim(state, policy, layer, needed_by):  # type: ignore[no-untyped-def]
+    """Slot to reuse: a free one, else that of the lowest (tier, score, slot) among unleased residents; -1: none.
+
+    Each layer's worst resident is remembered until something of its layer changes, so that a victim is chosen among
+    as many candidates as there are layers. See `_goes_before` for `needed_by`.
+    """
+    if state.scalars[NUM_FREE] > 0:
+        for slot in range(state.expert_in.size):
+            if state.expert_in[slot] < 0:
+                return slot
+    if not KEEPS_ORDER[policy]:
+        worst = _worst_of(state, policy, layer, 0, state.expert_in.size, True, needed_by)
+        return state.experts[worst].slot_of if worst >= 0 else -1
+    per_layer = state.experts.size // state.layers.size
+    best, tier, value, slot = -1, 3, np.inf, state.expert_in.size
+    for own_layer in range(state.layers.size):
+        own, start = state.layers[own_layer], own_layer * per_layer
+        if own.is_stale:
+            own.worst = _worst_of(state, policy, layer, start, start + per_layer, False, -1)
+            own.is_stale = False
+        worst = own.worst
+        if worst >= 0 and needed_by >= 0 and state.experts[worst].needed_at > state.scalars[NOW]:
+            # All of its layer are forecast for later: which of them a prefetch may take depends on when it is needed.
+            worst = _worst_of(state, policy, layer, start, start + per_layer, False, needed_by)
+        if worst >= 0:
+            goes, tier, value, slot = _goes_before(state, policy, layer, worst, needed_by, tier, value, slot)
+            if goes:
+                best = slot
     return best
 
 
@@ -122,17 +174,19 @@ def _victim(state, policy, per_layer, layer, needed_by):  # type: ignore[no-unty
 def _assign(state, expert, slot):  # type: ignore[no-untyped-def]
     """Give `slot` to `expert`; its former expert is gone."""
     former = state.expert_in[slot]
-    if former >= 0:
-        state.slot_of[former] = -1
-        state.ready[former] = False
+    if former < 0:
+        state.scalars[NUM_FREE] -= 1
+    else:
+        state.layers[former // (state.experts.size // state.layers.size)].is_stale = True
         state.counts[4] += 1
-        if state.prefetched[former]:
+        out = state.experts[former]
+        if out.prefetched:
             state.counts[7] += 1
-        state.prefetched[former] = False
-        state.unwanted[former] = False
+        out.slot_of = -1
+        out.ready = out.prefetched = out.unwanted = False
     state.expert_in[slot] = expert
-    state.slot_of[expert] = slot
-    state.loaded_at[expert] = state.now[0]
+    state.experts[expert].slot_of = slot
+    state.experts[expert].loaded_at = state.scalars[NOW]
 
 
 @njit
@@ -146,22 +200,23 @@ def _observe(state, per_layer, layer, demand, tokens, num_tokens, alphas):  # ty
         (1.0 - alphas[0]) ** num_tokens, (1.0 - alphas[1]) ** num_tokens, (1.0 - alphas[2]) ** num_tokens,
     )  # fmt: skip
     for expert in range(first, end):
-        state.fast[expert] *= keep_fast
-        state.medium[expert] *= keep_medium
-        state.slow[expert] *= keep_slow
-        state.rate[expert] = 0.0
-        state.unwanted[expert] = state.prefetched[expert]
+        one = state.experts[expert]
+        one.fast *= keep_fast
+        one.medium *= keep_medium
+        one.slow *= keep_slow
+        one.rate = 0.0
+        one.unwanted = one.prefetched
     for i in range(demand.size):
-        expert, rate = demand[i], tokens[i] / num_tokens
-        state.fast[expert] += (1.0 - keep_fast) * rate
-        state.medium[expert] += (1.0 - keep_medium) * rate
-        state.slow[expert] += (1.0 - keep_slow) * rate
-        state.rate[expert] = rate
-        state.uses[expert] += tokens[i]
-        state.last_used[expert] = state.now[0]
-        state.unwanted[expert] = False
-        if state.prefetched[expert]:
-            state.prefetched[expert] = False
+        one, rate = state.experts[demand[i]], tokens[i] / num_tokens
+        one.fast += (1.0 - keep_fast) * rate
+        one.medium += (1.0 - keep_medium) * rate
+        one.slow += (1.0 - keep_slow) * rate
+        one.rate = rate
+        one.uses += tokens[i]
+        one.last_used = state.scalars[NOW]
+        one.unwanted = False
+        if one.prefetched:
+            one.prefetched = False
             state.counts[6] += 1
     if learns:
         _foresee(state, first, end, demand)
@@ -170,52 +225,58 @@ def _observe(state, per_layer, layer, demand, tokens, num_tokens, alphas):  # ty
 @njit
 def _learn(state, first, end, demand, tokens, num_tokens):  # type: ignore[no-untyped-def]
     """Correct what the experts of the layer's last turn said about this one: a step of gradient descent."""
-    error = -state.soon[first:end]
+    error = np.empty(end - first)
+    for index in range(end - first):
+        error[index] = -state.experts[first + index].soon
     for i in range(demand.size):
         error[demand[i] - first] += tokens[i] / num_tokens
     for former in range(first, end):
-        if state.rate[former] > 0.0:
-            weight = LEARNING_RATE * state.rate[former]
+        rate = state.experts[former].rate
+        if rate > 0.0:
             for index in range(end - first):
-                state.follows[former, index] += weight * error[index]
+                state.follows[former, index] += LEARNING_RATE * rate * error[index]
 
 
 @njit
 def _foresee(state, first, end, demand):  # type: ignore[no-untyped-def]
     """P(selected by the layer's next token), given the experts that this one selected."""
-    for expert in range(first, end):
-        state.soon[expert] = often(state.fast[expert], state.medium[expert], state.slow[expert])
+    soon = np.zeros(end - first)
     for i in range(demand.size):
+        rate = state.experts[demand[i]].rate
         for index in range(end - first):
-            state.soon[first + index] += state.rate[demand[i]] * state.follows[demand[i], index]
+            soon[index] += rate * state.follows[demand[i], index]
+    for index in range(end - first):
+        one = state.experts[first + index]
+        one.soon = often(one.fast, one.medium, one.slow) + soon[index]
 
 
 @njit
 def _wave(state, policy, per_layer, layer, demand, tokens, num_tokens, alphas, first, kinds, slots):  # type: ignore[no-untyped-def]
     """One wave of a layer step: classify and lease every demanded expert, find slots for the missing ones."""
     if first:
-        state.now[0] += 1
+        state.scalars[NOW] += 1
         state.counts[8] += 1
         _observe(state, per_layer, layer, demand, tokens, num_tokens, alphas)
     state.counts[9] += 1
+    state.layers[layer].is_stale = True
     for i in range(demand.size):  # lease what is here before any victim is chosen
         expert = demand[i]
-        slots[i] = state.slot_of[expert]
-        kinds[i] = 0 if slots[i] < 0 else (2 if state.ready[expert] else 1)
+        slots[i] = state.experts[expert].slot_of
+        kinds[i] = 0 if slots[i] < 0 else (2 if state.experts[expert].ready else 1)
         if slots[i] >= 0:
-            state.leases[expert] += 1
+            state.experts[expert].leases += 1
         if first:
             state.counts[0] += 1
             state.counts[1 + 2 - kinds[i]] += 1
     for i in range(demand.size):
         if kinds[i] != 0:
             continue
-        slot = _victim(state, policy, per_layer, layer, -1)
+        slot = _victim(state, policy, layer, -1)
         if slot < 0:
             kinds[i] = 3
             continue
         _assign(state, demand[i], slot)
-        state.leases[demand[i]] += 1
+        state.experts[demand[i]].leases += 1
         slots[i] = slot
 
 
@@ -235,8 +296,9 @@ def _waves(state, policy, per_layer, layer, demand, tokens, num_tokens, alphas, 
                 continue
             num_hits += kinds[i] == 2
             num_loads += kinds[i] == 0
-            state.ready[demand[i]] = True
-            state.leases[demand[i]] -= 1
+            state.experts[demand[i]].ready = True
+            state.experts[demand[i]].leases -= 1
+        state.layers[layer].is_stale = True
         demand, first = deferred[:num_deferred], False
     return num_hits, num_loads
 
@@ -274,18 +336,20 @@ def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None], C
     def prefetch(state, policy, per_layer, layer, wanted, steps_ahead, slots):  # type: ignore[no-untyped-def]
         """Slots for forecast experts, most urgent first; -1 where one is resident or nothing may be evicted for it."""
         len(formulas)
-        now = state.now[0]
+        now = state.scalars[NOW]
         for i in range(wanted.size):
-            state.needed_at[wanted[i]] = now + steps_ahead[i]
+            state.experts[wanted[i]].needed_at = now + steps_ahead[i]
+            state.layers[wanted[i] // per_layer].is_stale = True
         for i in range(wanted.size):
             slots[i] = -1
-            if state.slot_of[wanted[i]] >= 0:
+            if state.experts[wanted[i]].slot_of >= 0:
                 continue
-            slot = _victim(state, policy, per_layer, layer, now + steps_ahead[i])
+            slot = _victim(state, policy, layer, now + steps_ahead[i])
             if slot < 0:
                 continue
             _assign(state, wanted[i], slot)
-            state.prefetched[wanted[i]] = True
+            state.layers[wanted[i] // per_layer].is_stale = True
+            state.experts[wanted[i]].prefetched = True
             state.counts[5] += 1
             slots[i] = slot
 
@@ -296,12 +360,12 @@ def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None], C
         load_s, expert_s, layer_s = times
         elapsed, stall = 0.0, 0.0
         kinds, slots = np.empty(per_layer, np.int64), np.empty(per_layer, np.int64)
-        num_layers = state.slot_of.size // per_layer
+        num_layers = state.experts.size // per_layer
         for event in range(events.size - 1):
             start, end = events[event], events[event + 1]
             if next_demands.size > 0:
                 for i in range(start, end):
-                    state.next_demand[demand[i]] = next_demands[i]
+                    state.experts[demand[i]].next_demand = next_demands[i]
             num_hits, num_loads = _waves(
                 state, policy, per_layer, event % num_layers, demand[start:end], tokens[start:end],
                 num_tokens[event // num_layers], alphas, kinds, slots,

@@ -45,9 +45,12 @@ class Predictor(ABC):
     Attributes:
         by_likelihood: experts are to be prefetched in descending order of the forecast, whatever their layer, instead
             of layer by layer in execution order.
+        sees_next_pass: rows of the forecast up to the layer just routed are about the next pass; otherwise they mean
+            nothing.
     """
 
     by_likelihood: bool = False
+    sees_next_pass: bool = False
 
     def begin(self, passing: Pass) -> None:  # noqa: B027 -- optional: most predictors only need `observe`
         """A forward pass starts; the one before it, if any, is complete."""
@@ -60,8 +63,7 @@ class Predictor(ABC):
     def forecast(self, layer: int) -> Forecast | None:
         """Expected tokens per expert, float32 [layers, experts], when `layer` has just been routed.
 
-        Rows after `layer` are about this pass. Rows up to `layer` are about the next one, for predictors that look
-        that far; they mean nothing otherwise. None: no forecast (yet).
+        Rows after `layer` are about this pass; for the others see `sees_next_pass`. None: no forecast (yet).
         """
 
 

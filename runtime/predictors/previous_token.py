@@ -10,6 +10,8 @@ from runtime.predictors.base import Forecast, Observation, Predictor
 class PreviousToken(Predictor):
     """Args: MoE layers of the pool, experts per layer."""
 
+    sees_next_pass = True
+
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._forecast: Forecast = np.zeros((num_layers, num_experts), np.float32)
 
