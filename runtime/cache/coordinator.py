@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from runtime.cache.residency import Residency
+from runtime.cache.governor import Governor, Reading
+from runtime.cache.residency import Count, Residency
 from runtime.errors import TransferError
 from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
 from runtime.transfer.base import Transfer
@@ -19,7 +20,7 @@ class Coordinator:
 
     Args:
         residency: decides. transfer: acts. predictor: forecasts.
-        prefetch_depth: layers ahead that are prefetched for; 0 turns prefetching off.
+        governor: says how many layers ahead are prefetched for.
         prefetch_count: experts per token and layer that are prefetched at most.
         predict_every: decode steps for which a forecast is reused.
         needed_loads: where given, every load that the run needed is appended, in the order in which it was needed:
@@ -32,17 +33,19 @@ class Coordinator:
         transfer: Transfer,
         predictor: Predictor,
         *,
-        prefetch_depth: int,
+        governor: Governor,
         prefetch_count: int,
         predict_every: int = 1,
         needed_loads: list[Load] | None = None,
     ) -> None:
         self.residency, self.transfer, self.predictor = residency, transfer, predictor
-        self.prefetch_depth, self.prefetch_count, self.predict_every = prefetch_depth, prefetch_count, predict_every
+        self.governor, self.prefetch_count, self.predict_every = governor, prefetch_count, predict_every
+        self._depth = governor.deepest  # of the running pass
         self.needed_loads = needed_loads
 
     def begin(self, passing: Pass) -> None:
         """A forward pass starts: what the predictor knows of it already is prefetched before its first layer."""
+        self._depth = self.governor.depth(passing.phase, passing.num_tokens, self._reading())
         self.predictor.begin(passing)
         self._prefetch(BEFORE_FIRST_LAYER, passing.num_tokens)
 
@@ -90,14 +93,33 @@ class Coordinator:
         if self.needed_loads is not None:
             self.needed_loads.extend(plan.loads)
 
+    @property
+    def _is_asked(self) -> bool:
+        """Somebody acts on a forecast: the prefetch or the policy."""
+        return self._depth > 0 or self.residency.foresees
+
+    def _reading(self) -> Reading:
+        counts, moved = self.residency.counts(), self.transfer.stats()
+        return Reading(
+            now_s=self.transfer.now_s,
+            num_needed=counts[Count.MISSES] + counts[Count.PREFETCH_ISSUED],
+            num_wasted=counts[Count.PREFETCH_WASTED],
+            num_loads=moved.num_loads,
+            busy_s=moved.busy_s,
+            stall_s=moved.stall_s,
+            num_layer_steps=counts[Count.LAYER_STEPS],
+        )
+
     def _predict(self, layer: int, observation: Observation) -> None:
         passing = observation.passing
+        if not self._is_asked:
+            return
         if passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0:
             self.predictor.observe(layer, observation)
 
     def _prefetch(self, layer: int, num_tokens: int) -> None:
         """Tell the policy what is forecast, and load what the coming layers are expected to need."""
-        forecast = self.predictor.forecast(layer)
+        forecast = self.predictor.forecast(layer) if self._is_asked else None
         if forecast is None:
             return
         if self.residency.foresees:
@@ -112,7 +134,7 @@ class Coordinator:
         num_layers, num_experts = forecast.shape
         most = min(self.prefetch_count * num_tokens, num_experts)
         found: list[tuple[float, int, int]] = []
-        for ahead in range(1, min(self.prefetch_depth, num_layers - 1 - layer) + 1):
+        for ahead in range(1, min(self._depth, num_layers - 1 - layer) + 1):
             row = forecast[layer + ahead]
             likeliest = np.argsort(-row, kind="stable")[:most].tolist()
             base = (layer + ahead) * num_experts

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.cache import steps as compiled
-from runtime.cache.policies import ALPHAS, FORESEEING, ORACLE, POLICIES, Policy
-from runtime.cache.steps import DEFERRED, NUM_FREE, Count, IntArray, new_state
+from runtime.cache.policies import FORESEEING, ORACLE, POLICIES, Policy
+from runtime.cache.steps import DEFERRED, NUM_FREE, Count, IntArray, flat, new_state
 from runtime.errors import BudgetError
 from runtime.vocabulary import Load, LoadReason, Lookup, Plan
 
@@ -48,6 +48,12 @@ class Residency:
         self._policy = int(Policy.BELADY if policy == ORACLE else POLICIES[policy])
         learns = self._policy in (Policy.NEXT_USE, Policy.PROBABILISTIC_BELADY)
         self._state = new_state(num_layers, num_experts, num_slots, top_k / num_experts, learns=learns)
+        self._flat = flat(self._state)
+        # Reading a field of records makes a new array each time.
+        self._slot_of, self._ready, self._leases, self._prefetched, self._forecast, self._share = (
+            self._state.experts[name] for name in ("slot_of", "ready", "leases", "prefetched", "forecast", "share")
+        )
+        self._is_stale = self._state.layers["is_stale"]
         self.foresees = policy in FORESEEING
 
     def plan(
@@ -64,9 +70,7 @@ class Residency:
         """
         wanted, counts = np.array(demand, np.int64), np.array(tokens, np.int64)
         kinds, slots = np.empty_like(wanted), np.empty_like(wanted)
-        compiled.step(
-            self._state, self._policy, self.num_experts, layer, wanted, counts, num_tokens, ALPHAS, first, kinds, slots
-        )
+        compiled.step(*self._flat, self._policy, layer, wanted, counts, num_tokens, first, kinds, slots)
         hits, in_flight, deferred, loads = [], [], [], []
         for expert, kind, slot in zip(demand, kinds.tolist(), slots.tolist(), strict=True):
             if kind == Lookup.HIT:
@@ -86,14 +90,14 @@ class Residency:
             forecast: [layers, experts].
             first: of the layers before this one nothing is known.
         """
-        state, known = self._state, first * self.num_experts
-        state.experts["forecast"][known:] = forecast[first:].reshape(-1)
-        state.experts["forecast"][:known] = -1.0
+        known = first * self.num_experts
+        self._forecast[known:] = forecast[first:].reshape(-1)
+        self._forecast[:known] = -1.0
         if self._policy == Policy.ACTIVATION:
             totals = forecast[first:].sum(axis=1, keepdims=True)
-            state.experts["share"][known:] = (forecast[first:] / np.maximum(totals, 1e-9)).reshape(-1)
-            state.experts["share"][:known] = -1.0
-        state.layers["is_stale"][:] = True
+            self._share[known:] = (forecast[first:] / np.maximum(totals, 1e-9)).reshape(-1)
+            self._share[:known] = -1.0
+        self._is_stale[:] = True
 
     def plan_prefetch(self, layer: int, wanted: Sequence[int], steps_ahead: Sequence[int]) -> tuple[Load, ...]:
         """Loads for experts that a forecast expects `steps_ahead[i]` (>= 1) layer steps after `layer`, most urgent
@@ -104,7 +108,7 @@ class Residency:
         experts = np.array(wanted, np.int64)
         slots = np.empty_like(experts)
         steps = np.array(steps_ahead, np.int64)
-        compiled.prefetch(self._state, self._policy, self.num_experts, layer, experts, steps, slots)
+        compiled.prefetch(*self._flat, self._policy, layer, experts, steps, slots)
         placed = zip(wanted, slots.tolist(), strict=True)
         return tuple(Load(expert, slot, LoadReason.PREFETCH) for expert, slot in placed if slot >= 0)
 
@@ -133,47 +137,46 @@ class Residency:
             Virtual seconds in all, and of these waited. The loads of a step that takes several waves are timed as if
             they were one.
         """
-        times = (load_s, expert_s, layer_s)
         elapsed_s, stall_s = compiled.replay(
-            self._state, self._policy, self.num_experts, events, num_tokens, demand, tokens, future, ALPHAS, times
+            *self._flat, self._policy, events, num_tokens, demand, tokens, future, load_s, expert_s, layer_s
         )
         return elapsed_s, stall_s
 
     def is_loading(self, expert: int) -> bool:
         """True between the decision to load `expert` and its completion."""
-        return bool(self._state.experts["slot_of"][expert] >= 0 and not self._state.experts["ready"][expert])
+        return bool(self._slot_of[expert] >= 0 and not self._ready[expert])
 
     def is_unused_prefetch(self, expert: int) -> bool:
         """True when a prefetch brought (or is bringing) `expert` and no layer has demanded it since."""
-        return bool(self._state.experts["prefetched"][expert])
+        return bool(self._prefetched[expert])
 
     def slot_of(self, expert: int) -> int:
         """Slot of a resident expert (arrived or not); -1 when it is not resident."""
-        return int(self._state.experts["slot_of"][expert])
+        return int(self._slot_of[expert])
 
     def complete(self, experts: Iterable[int]) -> None:
         """The bytes of these resident experts have arrived."""
         for expert in experts:
-            assert self._state.experts["slot_of"][expert] >= 0, f"expert {expert} completed without a slot"
-            self._state.experts["ready"][expert] = True
+            assert self._slot_of[expert] >= 0, f"expert {expert} completed without a slot"
+            self._ready[expert] = True
 
     def release(self, experts: Iterable[int]) -> None:
         """Give back one lease of each; from now on they may be evicted."""
         for expert in experts:
-            assert self._state.experts["leases"][expert] > 0, f"expert {expert} released without a lease"
-            self._state.experts["leases"][expert] -= 1
-            self._state.layers["is_stale"][expert // self.num_experts] = True
+            assert self._leases[expert] > 0, f"expert {expert} released without a lease"
+            self._leases[expert] -= 1
+            self._is_stale[expert // self.num_experts] = True
 
     def drop(self, expert: int) -> None:
         """Forget a resident expert whose load failed or was abandoned; its slot is free, its leases are void."""
         state = self._state
-        slot = state.experts["slot_of"][expert]
+        slot = self._slot_of[expert]
         assert slot >= 0, f"expert {expert} dropped without a slot"
         state.expert_in[slot] = -1
         state.scalars[NUM_FREE] += 1
-        state.experts["slot_of"][expert] = -1
-        state.layers["is_stale"][expert // self.num_experts] = True
-        state.experts["leases"][expert] = 0
+        self._slot_of[expert] = -1
+        self._is_stale[expert // self.num_experts] = True
+        self._leases[expert] = 0
         for flag in ("ready", "prefetched", "unwanted"):
             state.experts[flag][expert] = False
 
@@ -192,16 +195,16 @@ class Residency:
     def check_integrity(self) -> None:
         """Raise AssertionError if the arrays contradict each other; used by tests and when idle."""
         state = self._state
-        residents = np.flatnonzero(state.experts["slot_of"] >= 0)
-        slots = state.experts["slot_of"][residents]
+        residents = np.flatnonzero(self._slot_of >= 0)
+        slots = self._slot_of[residents]
         assert len(set(slots.tolist())) == residents.size, "two experts share a slot"
         assert np.array_equal(state.expert_in[slots], residents), "slot and expert disagree"
         assert int((state.expert_in >= 0).sum()) == residents.size, "a slot holds an expert that is not resident"
         assert int(state.scalars[NUM_FREE]) == self.num_slots - residents.size, "the free slots are miscounted"
-        absent = state.experts["slot_of"] < 0
+        absent = self._slot_of < 0
         for name in ("ready", "prefetched", "unwanted", "leases"):
             assert not state.experts[name][absent].any(), f"an absent expert is {name}"
-        assert (state.experts["leases"] >= 0).all(), "negative lease"
+        assert (self._leases >= 0).all(), "negative lease"
 
 
 def next_demands(events: IntArray, demand: IntArray) -> IntArray:

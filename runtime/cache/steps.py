@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from runtime.cache.policies import KEEPS_ORDER, LEARNING_RATE, SOURCE, often, score
+from runtime.cache.policies import ALPHAS, KEEPS_ORDER, LEARNING_RATE, SOURCE, often, score
 
 IntArray = npt.NDArray[np.int64]
 
@@ -98,6 +98,11 @@ def new_state(num_layers: int, per_layer: int, num_slots: int, prior: float, *, 
         counts=np.zeros(len(Count), np.int64),
         scalars=scalars,
     )
+
+
+def flat(state: State) -> tuple[npt.NDArray[Any], ...]:
+    """The arrays of `state` as compiled functions take them fastest: plain ones, one by one."""
+    return (state.experts.view(np.uint8), state.layers.view(np.uint8), *state[2:])
 
 
 @njit(inline="always")
@@ -190,14 +195,15 @@ def _assign(state, expert, slot):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _observe(state, per_layer, layer, demand, tokens, num_tokens, alphas):  # type: ignore[no-untyped-def]
+def _observe(state, layer, demand, tokens, num_tokens):  # type: ignore[no-untyped-def]
     """Advance the layer's statistics by `num_tokens` tokens, `tokens[i]` of which chose `demand[i]`."""
+    per_layer = state.experts.size // state.layers.size
     first, end = layer * per_layer, (layer + 1) * per_layer
     learns = state.follows.size > 0
     if learns:
         _learn(state, first, end, demand, tokens, num_tokens)
     keep_fast, keep_medium, keep_slow = (
-        (1.0 - alphas[0]) ** num_tokens, (1.0 - alphas[1]) ** num_tokens, (1.0 - alphas[2]) ** num_tokens,
+        (1.0 - ALPHAS[0]) ** num_tokens, (1.0 - ALPHAS[1]) ** num_tokens, (1.0 - ALPHAS[2]) ** num_tokens,
     )  # fmt: skip
     for expert in range(first, end):
         one = state.experts[expert]
@@ -251,12 +257,12 @@ def _foresee(state, first, end, demand):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _wave(state, policy, per_layer, layer, demand, tokens, num_tokens, alphas, first, kinds, slots):  # type: ignore[no-untyped-def]
+def _wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots):  # type: ignore[no-untyped-def]
     """One wave of a layer step: classify and lease every demanded expert, find slots for the missing ones."""
     if first:
         state.scalars[NOW] += 1
         state.counts[8] += 1
-        _observe(state, per_layer, layer, demand, tokens, num_tokens, alphas)
+        _observe(state, layer, demand, tokens, num_tokens)
     state.counts[9] += 1
     state.layers[layer].is_stale = True
     for i in range(demand.size):  # lease what is here before any victim is chosen
@@ -281,12 +287,12 @@ def _wave(state, policy, per_layer, layer, demand, tokens, num_tokens, alphas, f
 
 
 @njit
-def _waves(state, policy, per_layer, layer, demand, tokens, num_tokens, alphas, kinds, slots):  # type: ignore[no-untyped-def]
+def _waves(state, policy, layer, demand, tokens, num_tokens, kinds, slots):  # type: ignore[no-untyped-def]
     """A whole layer step in which every load arrives before the next wave; hits and loads of the step."""
     num_hits, num_loads = 0, 0
     first = True
     while demand.size > 0:
-        _wave(state, policy, per_layer, layer, demand, tokens, num_tokens, alphas, first, kinds, slots)
+        _wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots)
         num_deferred = 0
         deferred = np.empty(demand.size, np.int64)
         for i in range(demand.size):
@@ -319,7 +325,7 @@ def _step_time(num_hits, num_loads, load_s, expert_s):  # type: ignore[no-untype
 
 
 def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None], Callable[..., tuple[float, float]]]:
-    """The compiled step, the prefetch plan and the replay.
+    """The compiled step, the prefetch plan and the replay. The first arguments are `flat(state)`.
 
     Numba keeps compiled code on disk under the time stamp of the file that a function stands in and the values that it
     closes over, but not of what it calls. Closing over the policies' source makes an edited formula a new entry
@@ -327,16 +333,21 @@ def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None], C
     """
 
     @njit(cache=True)
-    def step(state, policy, per_layer, layer, demand, tokens, num_tokens, alphas, first, kinds, slots):  # type: ignore[no-untyped-def]
+    def step(  # type: ignore[no-untyped-def]
+        experts, layers, expert_in, follows, counts, scalars,
+        policy, layer, demand, tokens, num_tokens, first, kinds, slots,
+    ):  # fmt: skip
         """See `_wave`."""
         len(formulas)
-        _wave(state, policy, per_layer, layer, demand, tokens, num_tokens, alphas, first, kinds, slots)
+        state = State(experts.view(_EXPERT), layers.view(_LAYER), expert_in, follows, counts, scalars)
+        _wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots)
 
     @njit(cache=True)
-    def prefetch(state, policy, per_layer, layer, wanted, steps_ahead, slots):  # type: ignore[no-untyped-def]
+    def prefetch(experts, layers, expert_in, follows, counts, scalars, policy, layer, wanted, steps_ahead, slots):  # type: ignore[no-untyped-def]
         """Slots for forecast experts, most urgent first; -1 where one is resident or nothing may be evicted for it."""
         len(formulas)
-        now = state.scalars[NOW]
+        state = State(experts.view(_EXPERT), layers.view(_LAYER), expert_in, follows, counts, scalars)
+        now, per_layer = state.scalars[NOW], state.experts.size // state.layers.size
         for i in range(wanted.size):
             state.experts[wanted[i]].needed_at = now + steps_ahead[i]
             state.layers[wanted[i] // per_layer].is_stale = True
@@ -354,21 +365,25 @@ def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None], C
             slots[i] = slot
 
     @njit(cache=True)
-    def replay(state, policy, per_layer, events, num_tokens, demand, tokens, next_demands, alphas, times):  # type: ignore[no-untyped-def]
+    def replay(  # type: ignore[no-untyped-def]
+        experts, layers, expert_in, follows, counts, scalars,
+        policy, events, num_tokens, demand, tokens, next_demands, load_s, expert_s, layer_s,
+    ):  # fmt: skip
         """All layer steps of a trace, on demand only; see `Residency.replay`."""
         len(formulas)
-        load_s, expert_s, layer_s = times
+        state = State(experts.view(_EXPERT), layers.view(_LAYER), expert_in, follows, counts, scalars)
         elapsed, stall = 0.0, 0.0
+        num_layers = state.layers.size
+        per_layer = state.experts.size // num_layers
         kinds, slots = np.empty(per_layer, np.int64), np.empty(per_layer, np.int64)
-        num_layers = state.experts.size // per_layer
         for event in range(events.size - 1):
             start, end = events[event], events[event + 1]
             if next_demands.size > 0:
                 for i in range(start, end):
                     state.experts[demand[i]].next_demand = next_demands[i]
             num_hits, num_loads = _waves(
-                state, policy, per_layer, event % num_layers, demand[start:end], tokens[start:end],
-                num_tokens[event // num_layers], alphas, kinds, slots,
+                state, policy, event % num_layers, demand[start:end], tokens[start:end],
+                num_tokens[event // num_layers], kinds, slots,
             )  # fmt: skip
             busy, waited = _step_time(num_hits, num_loads, load_s, expert_s)
             elapsed += layer_s + busy

@@ -31,6 +31,11 @@ class Transfer(ABC):
     guarantees that nobody computes with a slot that it submits a load for.
     """
 
+    @property
+    @abstractmethod
+    def now_s(self) -> float:
+        """Seconds on the clock of `stats`; only differences mean anything."""
+
     @abstractmethod
     def submit(self, loads: Sequence[Load]) -> None:
         """Queue `loads`, in order, demand before every queued prefetch. Returns at once.

@@ -100,6 +100,11 @@ class DiskTransfer(Transfer):
         self.is_direct = files.is_direct
         weakref.finalize(self, self._crew.abandon).atexit = False
 
+    @property
+    def now_s(self) -> float:
+        """See `Transfer.now_s`."""
+        return time.perf_counter()
+
     def submit(self, loads: Sequence[Load]) -> None:
         """See `Transfer.submit`."""
         crew = self._crew

@@ -15,14 +15,13 @@ class SimulatedTransfer(Transfer):
     Args:
         load_s: virtual seconds that the link is busy with one expert.
         load_bytes: bytes that `stats().num_bytes` counts per load.
-    Attributes:
-        now_s: the virtual time; only `advance`, `wait_any` and `drain` move it.
+    Only `advance`, `wait_any` and `drain` move its clock.
     """
 
     def __init__(self, load_s: float, load_bytes: int = 0) -> None:
         if load_s < 0 or load_bytes < 0:
             raise ValueError(f"a load takes neither {load_s} seconds nor {load_bytes} bytes: both must be 0 or more")
-        self.now_s = 0.0
+        self._now_s = 0.0
         self._load_s, self._load_bytes = load_s, load_bytes
         self._queue = LoadQueue()
         self._current: QueuedLoad | None = None
@@ -31,14 +30,19 @@ class SimulatedTransfer(Transfer):
         self._busy_since_s = 0.0
         self._is_closed = False
 
+    @property
+    def now_s(self) -> float:
+        """See `Transfer.now_s`: the virtual time."""
+        return self._now_s
+
     def advance(self, seconds: float) -> None:
         """Let the caller compute for `seconds` (0 or more) of virtual time while the link goes on."""
         if seconds < 0:
             raise ValueError(f"time cannot go back by {-seconds} s")
-        until_s = self.now_s + seconds
+        until_s = self._now_s + seconds
         while self._current is not None and self._end_s <= until_s:
             self._end_current()
-        self.now_s = until_s
+        self._now_s = until_s
 
     def submit(self, loads: Sequence[Load]) -> None:
         """See `Transfer.submit`. An idle link starts on the first of `loads` at once."""
@@ -46,7 +50,7 @@ class SimulatedTransfer(Transfer):
             raise ValueError("the transfer is closed")
         self._queue.put(loads, lambda _: 1)
         if self._current is None:
-            self._start_next(self.now_s)
+            self._start_next(self._now_s)
 
     def promote(self, expert: int) -> None:
         """See `Transfer.promote`."""
@@ -64,13 +68,13 @@ class SimulatedTransfer(Transfer):
     def wait_any(self, experts: Collection[int]) -> list[int]:
         """See `Transfer.wait_any`. Moves `now_s` to the earliest end of a load among `experts`."""
         ready = [expert for expert in experts if self.is_ready(expert)]
-        began_s = self.now_s
+        began_s = self._now_s
         while not ready:
             if self._current is None:
                 raise ValueError(f"none of the experts {sorted(experts)} is being loaded: submit them first")
             self._end_current()
             ready = [expert for expert in experts if self.is_ready(expert)]
-        self._stats.stall_s += self.now_s - began_s
+        self._stats.stall_s += self._now_s - began_s
         return ready
 
     def drain(self) -> None:
@@ -82,14 +86,14 @@ class SimulatedTransfer(Transfer):
     def stats(self) -> TransferStats:
         """See `Transfer.stats`."""
         s = self._stats
-        under_way_s = self.now_s - self._busy_since_s if self._current is not None else 0.0
+        under_way_s = self._now_s - self._busy_since_s if self._current is not None else 0.0
         cancelled = self._queue.num_cancelled
         return TransferStats(s.num_loads, s.num_bytes, cancelled, s.busy_s + under_way_s, s.stall_s)
 
     def reset_stats(self) -> None:
         """See `Transfer.reset_stats`."""
         self._stats, self._queue.num_cancelled = TransferStats(), 0
-        self._busy_since_s = self.now_s
+        self._busy_since_s = self._now_s
 
     def close(self) -> None:
         """See `Transfer.close`."""
@@ -109,7 +113,7 @@ class SimulatedTransfer(Transfer):
 
     def _end_current(self) -> None:
         assert self._current is not None
-        self.now_s = max(self.now_s, self._end_s)
+        self._now_s = max(self._now_s, self._end_s)
         self._queue.finish(self._current)
         self._stats.num_loads += 1
         self._stats.busy_s += self._end_s - self._busy_since_s

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from runtime.cache.coordinator import Coordinator
+from runtime.cache.governor import Governor
 from runtime.cache.residency import Count, Residency
 from runtime.errors import TransferError
 from runtime.predictors.base import Forecast, NoPredictor, Observation, Predictor
@@ -51,7 +52,7 @@ def _coordinator(slots: int, predictor: Predictor | None = None, depth: int = 0,
         Residency(LAYERS, EXPERTS, slots, 2, "lru"),
         Broken(load_s=1.0),
         predictor or NoPredictor(),
-        prefetch_depth=depth,
+        governor=Governor(depth),
         prefetch_count=2,
         **more,  # type: ignore[arg-type]
     )
