@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,15 @@ from runtime.telemetry import EngineStats, engine_stats
 from runtime.trace import RoutingTrace, TraceRecorder
 from runtime.vocabulary import Load, Pass, Phase
 
+if TYPE_CHECKING:
+    from runtime.predictors.gate_lookahead import RankedLookahead
+
+RoutingObserver = Callable[[int, npt.NDArray[np.int64], torch.Tensor], None]
+"""Is told a layer (from 0), its router's choice [tokens, top_k] and the weights of that, [tokens, top_k]."""
+
+LOOKAHEAD_MARGIN = 3
+"""Experts beyond top_k of each recorded lookahead: recall@(k + 3) can be told from it."""
+
 
 class Engine:
     """What `runtime.load` returns.
@@ -32,6 +43,7 @@ class Engine:
         notes: one line for each thing that was decided or left out on loading.
         kernels: the kernel class of each phase; may be changed between passes.
         source: the checkpoint.
+        passes: follows the model's forward passes.
         needed_loads: loads that the run needed, in order, where `record_loads` was asked for.
     """
 
@@ -46,11 +58,16 @@ class Engine:
         pools: Sequence[Pool] = (),
         notes: Sequence[str] = (),
         needed_loads: list[Load] | None = None,
+        *,
+        expert_bytes: int,
+        ranked_lookahead: Callable[[int], RankedLookahead | str],
     ) -> None:
         self.model, self.profile, self.source, self.kernels = model, profile, source, kernels
         self.notes, self.needed_loads = tuple(notes), needed_loads
-        self._runners, self._pools, self._passes = tuple(runners), tuple(pools), passes
+        self._runners, self._pools, self.passes = tuple(runners), tuple(pools), passes
+        self._expert_bytes, self._ranked_lookahead = expert_bytes, ranked_lookahead
         self._recorder: TraceRecorder | None = None
+        self._stop_trace: Callable[[], None] = lambda: None
         self._num_passes = self._num_tokens = 0
         self.on_pass(self._count)
 
@@ -61,7 +78,36 @@ class Engine:
 
     def on_pass(self, listener: Callable[[Pass], None]) -> None:
         """Call `listener` at the beginning of every forward pass."""
-        self._passes.listeners.append(listener)
+        self.passes.listeners.append(listener)
+
+    def observe_routing(self, observer: RoutingObserver) -> Callable[[], None]:
+        """Show `observer` every layer's routing from now on, until what this returns is called."""
+        own = [partial(observer, layer) for layer in range(len(self._runners))]
+        for runner, observe in zip(self._runners, own, strict=True):
+            runner.observers.append(observe)
+
+        def stop() -> None:
+            for runner, observe in zip(self._runners, own, strict=True):
+                runner.observers.remove(observe)
+
+        return stop
+
+    @contextmanager
+    def without_experts(self) -> Iterator[None]:
+        """Passes in which experts add nothing: none is loaded, nobody is told of them and nothing is counted."""
+        for runner in self._runners:
+            runner.module._expertflow = _no_expert
+        try:
+            with self.passes.unseen():
+                yield
+        finally:
+            for runner in self._runners:
+                runner.module._expertflow = runner
+
+    @property
+    def routing_shape(self) -> tuple[int, int]:
+        """MoE layers, and the most experts that one of them has."""
+        return len(self._runners), max(int(runner.module.num_experts) for runner in self._runners)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -87,15 +133,32 @@ class Engine:
         if self.needed_loads is not None:
             self.needed_loads.clear()
 
-    def start_trace(self, meta: dict[str, Any] | None = None) -> None:
-        """Record the routing of every pass from now on; `meta` is added to the trace's own."""
-        facts = {"model": self.source, "expert_bytes": self._pools[0].store.expert_bytes if self._pools else None}
-        num_experts = max(int(runner.module.num_experts) for runner in self._runners)
-        recorder = TraceRecorder(len(self._runners), num_experts, {**facts, **(meta or {})})
+    def start_trace(self, meta: dict[str, Any] | None = None, *, lookahead: int = 0) -> None:
+        """Record the routing of every pass from now on; what was recorded before is given up.
+
+        Args:
+            meta: added to the trace's own.
+            lookahead: layers ahead for which each layer's gate lookahead is recorded too (`RoutingTrace.predicted`),
+                the likeliest top_k + 3 experts of each; 0: none. Where the model's routers need more than the hidden
+                state there is none either, and `notes` says so.
+        """
+        self._stop_trace()
+        ranked = self._ranked_lookahead(lookahead) if lookahead else None
+        if isinstance(ranked, str):
+            self.notes += (f"no gate lookahead is recorded: {ranked}",)
+            ranked = None
+        facts = {"model": checkpoint_name(self.source), "expert_bytes": self._expert_bytes}
+        recorder = TraceRecorder(*self.routing_shape, {**facts, **(meta or {})})
         self.on_pass(recorder.begin)
-        for layer, runner in enumerate(self._runners):
-            runner.observers.append(partial(_record, recorder, layer))
-        self._recorder = recorder
+        stop_observing = self.observe_routing(partial(_record, recorder, ranked))
+
+        def stop() -> None:
+            self.passes.listeners.remove(recorder.begin)
+            stop_observing()
+            if ranked is not None:
+                ranked.close()
+
+        self._recorder, self._stop_trace = recorder, stop
 
     def trace(self) -> RoutingTrace:
         """The routing recorded since `start_trace`, which must have been called."""
@@ -139,5 +202,25 @@ class Engine:
         self._num_tokens += passing.num_tokens
 
 
-def _record(recorder: TraceRecorder, layer: int, choice: npt.NDArray[np.int64], weights: torch.Tensor) -> None:
-    recorder.record(layer, choice, weights.detach().float().cpu().numpy())
+def checkpoint_name(source: str) -> str:
+    """What a checkpoint is called wherever it lies: its hub id, else the name of its folder."""
+    if not Path(source).exists():
+        return source
+    folder = Path(source).resolve()
+    cached = [part for part in folder.parts if part.startswith("models--")]  # the hub's cache: models--owner--name
+    return cached[-1].removeprefix("models--").replace("--", "/", 1) if cached else folder.name
+
+
+def _no_expert(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(hidden)
+
+
+def _record(
+    recorder: TraceRecorder,
+    ranked: RankedLookahead | None,
+    layer: int,
+    choice: npt.NDArray[np.int64],
+    weights: torch.Tensor,
+) -> None:
+    predicted = None if ranked is None else ranked(layer, choice.shape[1] + LOOKAHEAD_MARGIN)
+    recorder.record(layer, choice, weights.detach().float().cpu().numpy(), predicted)

@@ -110,7 +110,7 @@ def write_trace(path: str | Path, trace: RoutingTrace) -> None:
     """Check `trace` and write it to `path`, wholly or not at all.
 
     Raises:
-        TraceError: names the field and what is wrong with it.
+        TraceError: names the field and what is wrong with it, or why the file cannot be written.
     """
     trace = validate(trace)
     try:
@@ -120,7 +120,10 @@ def write_trace(path: str | Path, trace: RoutingTrace) -> None:
     arrays = {name: array for name in _FIELDS if (array := getattr(trace, name)) is not None}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, meta=np.array(meta), **arrays)
-    write_atomic(Path(path), buffer.getvalue())
+    try:
+        write_atomic(Path(path), buffer.getvalue())
+    except OSError as error:
+        raise TraceError(f"{path}: cannot write the trace: {error.strerror or error}") from error
 
 
 def validate(trace: RoutingTrace) -> RoutingTrace:
@@ -220,30 +223,41 @@ def _checked_weights(name: str, array: Array, wanted: np.dtype[Any]) -> Array:
 
 
 class _RecordedPass:
-    """Routing of one pass: per layer its experts and, where they were given, weights, both by descending weight."""
+    """Routing of one pass, in the dtypes of the format from the start: long runs are held in memory."""
 
-    def __init__(self, passing: Pass) -> None:
-        self.passing = passing
-        self.experts: dict[int, Array] = {}
-        self.weights: dict[int, Array] = {}
+    def __init__(self, passing: Pass, num_layers: int) -> None:
+        self.num_tokens, self.step = passing.num_tokens, passing.step
+        self.layers: set[int] = set()
+        self._num_layers, self._num_weighted = num_layers, 0
+        self._arrays: dict[str, Array] = {
+            "request": np.array(passing.requests or [0] * passing.num_tokens, np.int32),
+            "step": np.full(passing.num_tokens, passing.step, np.int32),
+            "phase": np.full(passing.num_tokens, passing.phase, np.uint8),
+        }
+        if len(passing.token_ids) == passing.num_tokens:
+            self._arrays["token_ids"] = np.array(passing.token_ids, np.int32)
 
-    def put(self, layer: int, experts: Array, weights: Array | None) -> None:
+    def put(self, layer: int, experts: Array, weights: Array | None, predicted: Array | None) -> None:
+        self.layers.add(layer)
         if weights is not None:
+            self._num_weighted += 1
             order = np.argsort(-weights, axis=1, kind="stable")
-            experts = np.take_along_axis(experts, order, axis=1)
-            self.weights[layer] = np.take_along_axis(weights, order, axis=1)
-        self.experts[layer] = experts.copy()
+            experts, weights = (np.take_along_axis(array, order, axis=1) for array in (experts, weights))
+        for name, array in (("experts", experts), ("weights", weights), ("predicted", predicted)):
+            if array is not None:
+                self._put(name, layer, array)
 
-    def stacked(self, layers: dict[int, Array]) -> Array:
-        """[tokens, layers, top_k], whatever the order in which the layers came."""
-        return np.stack([layers[layer] for layer in sorted(layers)], axis=1)
+    def _put(self, name: str, layer: int, array: Array) -> None:
+        if name not in self._arrays:
+            fill = NO_PREDICTION if name == "predicted" else 0
+            shape = (self.num_tokens, self._num_layers, *array.shape[1:])
+            self._arrays[name] = np.full(shape, fill, _FIELDS[name][0])
+        with np.errstate(over="ignore"):  # a weight that is too large is found by `validate`
+            self._arrays[name][:, layer] = array
 
-    def per_token(self, value: int) -> Array:
-        return np.full(self.passing.num_tokens, value)
-
-    @property
-    def requests(self) -> Array:
-        return np.array(self.passing.requests) if self.passing.requests else self.per_token(0)
+    def array(self, name: str) -> Array | None:
+        """A field of the format, None where this pass did not come with it."""
+        return None if name == "weights" and self._num_weighted < self._num_layers else self._arrays.get(name)
 
 
 class TraceRecorder:
@@ -251,15 +265,16 @@ class TraceRecorder:
 
     Args:
         num_layers, num_experts: of the model; top_k is that of the first layer recorded.
-        meta: goes into the trace; `num_experts` is added.
+        meta: goes into the trace; `num_experts` is added, and `tasks` where passes name tasks.
 
-    Token ids and weights are kept only if every pass came with them.
+    Token ids, weights and predictions are kept only if every pass came with them.
     """
 
     def __init__(self, num_layers: int, num_experts: int, meta: Mapping[str, Any] | None = None) -> None:
-        self._num_layers = num_layers
-        self._top_k: int | None = None
+        self._num_layers, self._num_experts = num_layers, num_experts
         self._meta = {**(meta or {}), "num_experts": num_experts}
+        self._per_token: dict[str, tuple[int, ...]] = {}  # by field: the shape that the first layer had
+        self._tasks: dict[int, str] = {}
         self._passes: list[_RecordedPass] = []
 
     def begin(self, passing: Pass) -> None:
@@ -269,66 +284,69 @@ class TraceRecorder:
             TraceError: the pass before it lacks layers.
         """
         self._end()
-        self._passes.append(_RecordedPass(passing))
+        self._passes.append(_RecordedPass(passing, self._num_layers))
+        self._tasks.update(zip(passing.requests, passing.tasks, strict=False))
 
-    def record(self, layer: int, experts: Array, weights: Array | None = None) -> None:
+    def record(self, layer: int, experts: Array, weights: Array | None = None, predicted: Array | None = None) -> None:
         """What the router of `layer` chose in the running pass.
 
         Args:
             layer: 0 … num_layers - 1.
             experts: integers [tokens, top_k]; stored by descending weight, without weights in the router's order.
             weights: floats of the same shape, the routing weights of `experts`.
+            predicted: uint16 [tokens, depth, k], what was forecast at `layer`; see `RoutingTrace.predicted`.
 
         Raises:
-            TraceError: no pass was begun, the layer was recorded before, or a shape does not fit.
+            TraceError: no pass was begun, the layer was recorded before, a shape does not fit, or an expert is out of
+                range.
         """
         if not self._passes:
             raise TraceError("record: no pass was begun")
         running = self._passes[-1]
-        if layer in running.experts or not 0 <= layer < self._num_layers:
+        if layer in running.layers or not 0 <= layer < self._num_layers:
             raise TraceError(
                 f"record: layer {layer} was recorded in this pass already, or is none of {self._num_layers}"
             )
-        if self._top_k is None and experts.ndim == 2:
-            self._top_k = experts.shape[1]
-        shape = (running.passing.num_tokens, self._top_k)
-        if experts.shape != shape:
-            raise TraceError(f"record: layer {layer}: experts of shape {experts.shape}, not [tokens, top_k] = {shape}")
-        if weights is not None and weights.shape != shape:
-            raise TraceError(f"record: layer {layer}: weights of shape {weights.shape} for experts of shape {shape}")
-        running.put(layer, experts, weights)
+        for name, array in (("experts", experts), ("weights", weights), ("predicted", predicted)):
+            if array is not None:
+                self._check_shape(f"layer {layer}: {name}", name, array, running.num_tokens)
+        outside = experts[(experts < 0) | (experts >= self._num_experts)]
+        if outside.size:
+            raise TraceError(f"record: layer {layer}: experts: {outside[0]} is outside 0 to {self._num_experts - 1}")
+        running.put(layer, experts, weights, predicted)
 
     def trace(self) -> RoutingTrace:
         """Everything recorded so far; recording can go on.
 
         Raises:
-            TraceError: nothing was recorded, the last pass lacks layers, or an expert is out of range.
+            TraceError: nothing was recorded, the last pass lacks layers, or a value does not fit the format.
         """
         self._end()
-        passes = self._passes
-        if not passes:
+        if not self._passes:
             raise TraceError("record: no pass was recorded")
-        weighted = all(len(recorded.weights) == self._num_layers for recorded in passes)
-        ids = [recorded.passing.token_ids for recorded in passes]
-        identified = all(len(of) == recorded.passing.num_tokens for of, recorded in zip(ids, passes, strict=True))
-        return validate(
-            RoutingTrace(
-                experts=np.concatenate([recorded.stacked(recorded.experts) for recorded in passes]),
-                request=np.concatenate([recorded.requests for recorded in passes]),
-                meta=self._meta,
-                weights=np.concatenate([recorded.stacked(recorded.weights) for recorded in passes])
-                if weighted
-                else None,
-                token_ids=np.concatenate([np.array(of, np.int64) for of in ids]) if identified else None,
-                step=np.concatenate([recorded.per_token(recorded.passing.step) for recorded in passes]),
-                phase=np.concatenate([recorded.per_token(recorded.passing.phase) for recorded in passes]),
-            )
-        )
+        meta = dict(self._meta)
+        if self._tasks:
+            named = [self._tasks.get(number, "default") for number in range(max(self._tasks) + 1)]
+            meta.setdefault("tasks", named)
+        fields: dict[str, Any] = {name: self._joined(name) for name in _FIELDS}
+        return validate(RoutingTrace(meta=meta, **fields))
+
+    def _check_shape(self, what: str, name: str, array: Array, num_tokens: int) -> None:
+        kind = "predicted" if name == "predicted" else "experts"
+        if array.ndim == _FIELDS[name][1] - 1:
+            self._per_token.setdefault(kind, array.shape[1:])
+        shape = (num_tokens, *self._per_token.get(kind, ()))
+        if array.shape != shape:
+            raise TraceError(f"record: {what} of shape {array.shape}, not {shape}")
+
+    def _joined(self, name: str) -> Array | None:
+        parts = [array for recorded in self._passes if (array := recorded.array(name)) is not None]
+        return np.concatenate(parts) if len(parts) == len(self._passes) else None
 
     def _end(self) -> None:
         if not self._passes:
             return
         recorded = self._passes[-1]
-        if missing := sorted(set(range(self._num_layers)) - set(recorded.experts)):
+        if missing := sorted(set(range(self._num_layers)) - recorded.layers):
             names = ", ".join(map(str, missing))
-            raise TraceError(f"record: pass {recorded.passing.step} ended without layers {names} of {self._num_layers}")
+            raise TraceError(f"record: pass {recorded.step} ended without layers {names} of {self._num_layers}")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runtime
+from runtime.engine import Engine, checkpoint_name
 from runtime.errors import TraceError
 from runtime.trace import NO_PREDICTION, RoutingTrace, TraceRecorder, read_trace, validate, write_trace
 from runtime.vocabulary import Pass, Phase
@@ -270,6 +276,146 @@ def test_misuse_of_the_recorder_is_an_error() -> None:
     ):
         with pytest.raises(TraceError, match="layer"):
             recorder.record(layer, experts, weights)
-    recorder.record(1, np.full((1, 2), EXPERTS))
-    with pytest.raises(TraceError, match="experts: 8"):
-        recorder.trace()
+    for wrong in (EXPERTS, -1, 1 << 16):
+        with pytest.raises(TraceError, match=f"layer 1: experts: {wrong} is outside 0 to 7"):
+            recorder.record(1, np.full((1, 2), wrong))
+
+
+def test_a_trace_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TraceError, match=r"t\.npz: cannot write the trace"):
+        write_trace(tmp_path / "file" / "t.npz", recorded_passes()[0].trace())
+
+
+def test_tasks_of_passes_are_kept_by_request() -> None:
+    recorder = TraceRecorder(1, EXPERTS)
+    for step, (requests, tasks) in enumerate([((0,), ("maths",)), ((2,), ("code",)), ((0, 3), ())]):
+        recorder.begin(Pass(Phase.DECODE, len(requests), step, (), requests, tasks))
+        recorder.record(0, np.zeros((len(requests), TOP_K), int))
+    trace = recorder.trace()
+    assert trace.meta["tasks"] == ["maths", "default", "code"]
+    assert [trace.task(request) for request in (0, 2, 3)] == ["maths", "code", "default"]
+
+
+def test_predictions_are_kept_where_they_were_made() -> None:
+    recorder = TraceRecorder(2, EXPERTS)
+    made = np.array([[[3, 1]], [[0, NO_PREDICTION]]], np.uint16)
+    for step, predicted in enumerate([made, made[::-1]]):
+        recorder.begin(Pass(Phase.PREFILL, 2, step))
+        recorder.record(0, np.zeros((2, TOP_K), int), predicted=predicted)
+        recorder.record(1, np.zeros((2, TOP_K), int))
+    trace = recorder.trace()
+    assert trace.predicted is not None and trace.predicted.dtype == np.uint16
+    assert np.array_equal(trace.predicted[:, 0], np.concatenate([made, made[::-1]]))
+    assert (trace.predicted[:, 1] == NO_PREDICTION).all()
+    recorder.begin(Pass(Phase.DECODE, 1, 2))
+    for wrong in (made, made[:1, :, :1], made[0]):
+        with pytest.raises(TraceError, match="layer 0: predicted of shape"):
+            recorder.record(0, np.zeros((1, TOP_K), int), predicted=wrong)
+    for layer in range(2):
+        recorder.record(layer, np.zeros((1, TOP_K), int))
+    assert recorder.trace().predicted is None, "one pass came without"
+
+
+def test_a_long_recording_stays_small() -> None:
+    """48 layers, top-8, lookahead 2 x 11: 3.6 kB a token in the format; with a little for each pass."""
+    layers, top_k, passes = 48, 8, 50
+    recorder = TraceRecorder(layers, 128)
+    experts, weights = np.zeros((1, top_k), np.int64), np.zeros((1, top_k), np.float32)
+    predicted = np.zeros((1, 2, top_k + 3), np.uint16)
+    tracemalloc.start()
+    for step in range(passes):
+        recorder.begin(Pass(Phase.DECODE, 1, step, (1,), (0,)))
+        for layer in range(layers):
+            recorder.record(layer, experts, weights, predicted)
+    num_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    in_the_format = layers * (2 * top_k + 2 * top_k + 2 * 2 * (top_k + 3))
+    assert num_bytes / passes < in_the_format + 4096
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In float32, so that hardly two experts are equally likely."""
+    return tiny.save_tiny(tmp_path_factory.mktemp("tiny"), dtype=torch.float32)
+
+
+LOAD: dict[str, Callable[[Path], Engine]] = {
+    "offloaded": lambda model: runtime.load(model, overrides={"cache.slots": 5, "predictor.kind": "gate_lookahead"}),
+    "resident": runtime.load_reference,
+}
+
+
+def _gates_and_norms(engine: Engine) -> tuple[list[Any], list[Any]]:
+    """The parts of a lookahead, with norms that differ from layer to layer."""
+    layers = engine.model.model.layers
+    for number, layer in enumerate(layers):
+        gain = torch.rand(32, generator=torch.Generator().manual_seed(number)) + 0.5
+        layer.post_attention_layernorm.weight.data.copy_(gain)
+    return [layer.mlp.gate for layer in layers], [layer.post_attention_layernorm for layer in layers]
+
+
+@pytest.mark.parametrize("kind", LOAD)
+def test_the_recorded_lookahead_is_what_later_routers_choose(checkpoint: Path, kind: str) -> None:
+    ids = torch.arange(12).view(2, 6)
+    with LOAD[kind](checkpoint) as engine, torch.inference_mode():
+        gates, norms = _gates_and_norms(engine)
+        untraced = engine.model(ids).logits
+        engine.start_trace(lookahead=2)
+        seen: dict[int, list[torch.Tensor]] = {}
+        for layer, gate in enumerate(gates):
+            gate.register_forward_pre_hook(
+                lambda _, args, layer=layer: seen.setdefault(layer, []).append(args[0].reshape(-1, 32))
+            )
+        output = engine.model(ids)
+        engine.model(torch.tensor([[3], [7]]), past_key_values=output.past_key_values)
+        trace = engine.trace()
+        assert torch.equal(output.logits, untraced)
+    assert trace.predicted is not None and trace.predicted.shape == (14, tiny.LAYERS, 2, tiny.TOP_K + 3)
+    for layer in range(tiny.LAYERS):
+        hidden = torch.cat(seen[layer])
+        for ahead in (1, 2):
+            found = trace.predicted[:, layer, ahead - 1]
+            if layer + ahead >= tiny.LAYERS:
+                assert (found == NO_PREDICTION).all()
+                continue
+            shown = hidden * norms[layer + ahead].weight / norms[layer].weight
+            logits = shown @ gates[layer + ahead].weight.T
+            assert np.array_equal(found, logits.argsort(dim=1, descending=True)[:, : tiny.TOP_K + 3].numpy())
+    assert (trace.predicted[:, 0, 0, : tiny.TOP_K] != trace.experts[:, 1]).any(), "a forecast, not the choice itself"
+
+
+@pytest.mark.parametrize("kind", LOAD)
+def test_no_lookahead_is_recorded_where_none_is_asked_for_or_possible(checkpoint: Path, kind: str) -> None:
+    ids = torch.arange(4).view(1, 4)
+    with LOAD[kind](checkpoint) as engine, torch.inference_mode():
+        engine.start_trace()
+        engine.model(ids)
+        assert engine.trace().predicted is None
+        gate = engine.model.model.layers[1].mlp.gate
+        plain = gate.forward
+        gate.forward = lambda hidden_states, bias=None: plain(hidden_states)
+        engine.start_trace(lookahead=1)
+        engine.model(ids)
+        assert engine.trace().predicted is None
+        assert "no gate lookahead is recorded: router Qwen3MoeTopKRouter needs hidden_states, bias" in engine.notes[-1]
+
+
+def test_a_new_trace_begins_empty_and_describes_its_model(checkpoint: Path) -> None:
+    with runtime.load_reference(checkpoint) as engine, torch.inference_mode():
+        engine.start_trace(lookahead=1)
+        engine.model(torch.arange(5).view(1, 5))
+        engine.start_trace({"source": "here"})
+        engine.model(torch.arange(3).view(1, 3))
+        trace = engine.trace()
+    assert trace.num_tokens == 3 and trace.predicted is None
+    described = {"model": checkpoint.name, "expert_bytes": 3 * 32 * 16 * 4, "source": "here"}
+    assert trace.meta == {**described, "num_experts": tiny.EXPERTS}
+
+
+def test_checkpoints_are_named_without_where_they_lie(tmp_path: Path) -> None:
+    cached = tmp_path / "hub" / "models--owner--name-8B" / "snapshots" / "0123"
+    cached.mkdir(parents=True)
+    assert checkpoint_name(str(cached)) == "owner/name-8B"
+    assert checkpoint_name(str(tmp_path / "hub" / "..") + "/") == tmp_path.name
+    assert checkpoint_name("owner/name-8B") == "owner/name-8B"

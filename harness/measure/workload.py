@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from runtime.errors import ExpertFlowError
 
 HELDOUT = Path(__file__).parents[1] / "demo" / "heldout.jsonl"
 
 Part = Literal["search", "confirm"]
+_T = TypeVar("_T")
 
 
 class WorkloadError(ExpertFlowError):
@@ -116,8 +117,13 @@ def cut(
     return tuple(found[:num_requests])
 
 
-def _by_task(workload: Workload, part: Part) -> dict[str, list[Passage]]:
-    """The passages of one part. Lines with one id stay together, whatever their task."""
+def passages(workload: Workload, part: Part | None) -> list[Passage]:
+    """The passages of one part, None: of both; tasks take turns."""
+    return list(chain.from_iterable(_turns(list(_by_task(workload, part).values()))))
+
+
+def _by_task(workload: Workload, part: Part | None) -> dict[str, list[Passage]]:
+    """The passages of one part, or of both. Lines with one id stay together, whatever their task."""
     part_of: dict[str, int] = {}
     num_seen: dict[str, int] = {}
     chosen: dict[str, list[Passage]] = {}
@@ -125,7 +131,7 @@ def _by_task(workload: Workload, part: Part) -> dict[str, list[Passage]]:
         if passage.id not in part_of:
             part_of[passage.id] = num_seen.get(passage.task, 0) % 2
             num_seen[passage.task] = num_seen.get(passage.task, 0) + 1
-        if part_of[passage.id] == (part == "confirm"):
+        if part is None or part_of[passage.id] == (part == "confirm"):
             chosen.setdefault(passage.task, []).append(passage)
     return chosen
 
@@ -136,6 +142,6 @@ def _pieces(passage: Passage, ids: list[int], prompt_tokens: int, length: int) -
         yield TokenRequest(f"{passage.id}#{number}", passage.task, piece[:prompt_tokens], piece[prompt_tokens:])
 
 
-def _turns(queues: list[list[TokenRequest]]) -> Iterator[list[TokenRequest]]:
+def _turns(queues: list[list[_T]]) -> Iterator[list[_T]]:
     """The first of every queue, then the second of every queue that has one, and so on."""
-    return ([request for request in turn if request is not None] for turn in zip_longest(*queues))
+    return ([one for one in turn if one is not None] for turn in zip_longest(*queues))

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
-from runtime.predictors.base import Forecast, Observation, Predictor
+from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
+from runtime.trace import NO_PREDICTION
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,48 @@ class RouterInput:
 
     def __init__(self, router: nn.Module) -> None:
         self._last: torch.Tensor | None = None
-        router.register_forward_pre_hook(self._keep)
+        self._hook = router.register_forward_pre_hook(self._keep)
 
     def __call__(self) -> torch.Tensor | None:
         """The last input; None before the first and when it has been taken."""
         last, self._last = self._last, None
         return last
 
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._hook.remove()
+        self._last = None
+
     def _keep(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if args:
             self._last = args[0].detach().reshape(-1, args[0].shape[-1])
+
+
+class _Corrected:
+    """Hidden states as the routers of later layers would see them, as far as the norms' gains differ."""
+
+    def __init__(self, routers: Sequence[LookaheadRouter]) -> None:
+        self._routers = routers
+        self._factors: dict[tuple[int, int], torch.Tensor | None] = {}
+
+    def __call__(self, hidden: torch.Tensor, layer: int, later: int) -> torch.Tensor:
+        """`hidden`, the input of the router of `layer`, for the router of `later`."""
+        factor = self._factor(layer, later)
+        return hidden if factor is None else hidden * factor
+
+    def _factor(self, layer: int, later: int) -> torch.Tensor | None:
+        if (layer, later) not in self._factors:
+            own, other = self._routers[layer].gain, self._routers[later].gain
+            known = None if own is None or other is None else (other.float() / own.float()).to(own.dtype)
+            self._factors[layer, later] = known
+        return self._factors[layer, later]
 
 
 class GateLookahead(Predictor):
     """Args: routers of the pool's layers in execution order; num_experts per layer; depth in layers ahead (>= 1)."""
 
     def __init__(self, routers: Sequence[LookaheadRouter], num_experts: int, depth: int) -> None:
-        self._routers, self._depth = routers, depth
-        self._corrections: dict[tuple[int, int], torch.Tensor | None] = {}
+        self._routers, self._depth, self._corrected = routers, depth, _Corrected(routers)
         self._forecast: Forecast = np.zeros((len(routers), num_experts), np.float32)
 
     @torch.inference_mode()
@@ -61,34 +87,74 @@ class GateLookahead(Predictor):
         """Forecast the next `depth` layers from `observation.hidden`."""
         if observation.hidden is None:
             return
-        for ahead in range(layer + 1, min(layer + self._depth, len(self._routers) - 1) + 1):
-            gain = self._correction(layer, ahead)
-            hidden = observation.hidden if gain is None else observation.hidden * gain
-            self._forecast[ahead] = _ask(self._routers[ahead].module, hidden)
+        for later in range(layer + 1, min(layer + self._depth, len(self._routers) - 1) + 1):
+            hidden = self._corrected(observation.hidden, layer, later)
+            self._forecast[later] = _expected(self._routers[later].module, hidden)
 
-    def forecast(self, layer: int) -> Forecast:
+    def forecast(self, layer: int) -> Forecast | None:
         """Expected tokens per expert: mean of "is chosen" and min(1, k * router probability), summed over tokens."""
-        return self._forecast
-
-    def _correction(self, layer: int, ahead: int) -> torch.Tensor | None:
-        """What turns the input of one layer's router into that of a later one, as far as the norms' gains differ."""
-        if (layer, ahead) not in self._corrections:
-            own, other = self._routers[layer].gain, self._routers[ahead].gain
-            known = None if own is None or other is None else (other.float() / own.float()).to(own.dtype)
-            self._corrections[layer, ahead] = known
-        return self._corrections[layer, ahead]
+        return None if layer == BEFORE_FIRST_LAYER else self._forecast
 
 
-def _ask(router: nn.Module, hidden: torch.Tensor) -> Forecast:
-    # `forward`, not `__call__`: hooks on routers record router logits for the user and must not see guesses.
-    answer = router.forward(hidden)
-    logits, chosen = answer[0].float().cpu().numpy(), answer[2].cpu().numpy()
+class RankedLookahead:
+    """The same forecasts token by token, as traces hold them.
+
+    Args: routers of the model's MoE layers in execution order, whose inputs are kept until they are asked for; depth in
+    layers ahead (>= 1).
+    """
+
+    def __init__(self, routers: Sequence[LookaheadRouter], depth: int) -> None:
+        self._routers, self._depth, self._corrected = routers, depth, _Corrected(routers)
+        self._inputs = [RouterInput(router.module) for router in routers]
+
+    @torch.inference_mode()
+    def __call__(self, layer: int, k: int) -> npt.NDArray[np.uint16] | None:
+        """At `layer`, which has just been routed, the likeliest `k` experts for each of the next layers.
+
+        Returns:
+            uint16 [tokens, depth, k], best first, `NO_PREDICTION` for layers beyond the last. None: the router was not
+            called with a hidden state since it was asked about last.
+        """
+        hidden = self._inputs[layer]()
+        if hidden is None:
+            return None
+        found = np.full((len(hidden), self._depth, k), NO_PREDICTION, np.uint16)
+        for ahead in range(1, min(self._depth, len(self._routers) - 1 - layer) + 1):
+            later = layer + ahead
+            chosen = ranked(self._routers[later].module, self._corrected(hidden, layer, later), k)
+            found[:, ahead - 1, : chosen.shape[1]] = chosen
+        return found
+
+    def close(self) -> None:
+        """Let go of the routers."""
+        for router_input in self._inputs:
+            router_input.close()
+
+
+def ranked(router: nn.Module, hidden: torch.Tensor, k: int) -> npt.NDArray[np.int64]:
+    """The experts of each token, int64 [tokens, min(k, experts)]: those that the router chooses by descending logit,
+    then the others likewise."""
+    logits, chosen = _ask(router, hidden)
+    is_other = np.ones(logits.shape, np.bool_)
+    np.put_along_axis(is_other, chosen, False, axis=1)
+    return np.lexsort((-logits, is_other), axis=1)[:, :k]
+
+
+def _expected(router: nn.Module, hidden: torch.Tensor) -> Forecast:
+    logits, chosen = _ask(router, hidden)
     likely = np.exp(logits - logits.max(axis=1, keepdims=True))
     likely *= chosen.shape[1] / likely.sum(axis=1, keepdims=True)
     np.minimum(likely, 1.0, out=likely)
     likely[np.arange(len(chosen))[:, None], chosen] += 1.0
     expected: Forecast = 0.5 * likely.sum(axis=0)
     return expected
+
+
+def _ask(router: nn.Module, hidden: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Logits [tokens, experts] and choice [tokens, top_k] of a router for the hidden states that it is shown."""
+    # `forward`, not `__call__`: hooks on routers record router logits for the user and must not see guesses.
+    answer = router.forward(hidden)
+    return answer[0].float().cpu().numpy(), answer[2].cpu().numpy()
 
 
 def lookahead_router(router: nn.Module, norm: nn.Module | None, hidden_size: int) -> LookaheadRouter | str:
