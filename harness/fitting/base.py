@@ -1,12 +1,13 @@
-"""What every fit shares: its options, its result, and the split by request."""
+"""What every fit shares: its options, its result, joining traces, and the split by request."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.errors import TraceError
 from runtime.predictors.artifact import Artifact, RoutingShape
@@ -84,3 +85,34 @@ def routing_shape(trace: RoutingTrace) -> RoutingShape:
 def model_name(trace: RoutingTrace) -> str:
     """Name of the model that the trace is of; "unknown" where it does not say."""
     return str(trace.meta.get("model") or "unknown")
+
+
+def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
+    """Several traces of one model as one: their requests and passes renumbered, fields that not all have left out.
+
+    Raises:
+        TraceError: they are of different models, or of models of different shapes.
+    """
+    first = traces[0]
+    if len(traces) == 1:
+        return first
+    for trace in traces[1:]:
+        one, other = (f"{model_name(of)} ({', '.join(map(str, routing_shape(of)))})" for of in (first, trace))
+        if one != other:
+            raise TraceError(f"traces of different models cannot be joined: {one} and {other} (layers, experts, top_k)")
+    numbers = [np.unique(trace.request, return_inverse=True) for trace in traces]
+    tasks = [trace.task(int(old)) for trace, (olds, _) in zip(traces, numbers, strict=True) for old in olds]
+    names = ("experts", "weights", "token_ids", "phase", "predicted")
+    parts = {name: [array for trace in traces if (array := getattr(trace, name)) is not None] for name in names}
+    return RoutingTrace(
+        request=_one_after_the_other([new for _, new in numbers]),
+        step=_one_after_the_other([np.arange(t.num_tokens) if t.step is None else t.step for t in traces]),
+        meta={**first.meta, "tasks": tasks},
+        **{name: np.concatenate(arrays) for name, arrays in parts.items() if len(arrays) == len(traces)},
+    )
+
+
+def _one_after_the_other(numbers: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int32]:
+    """Each part's numbers after those of the part before."""
+    before = np.cumsum([0, *(int(part.max()) + 1 for part in numbers[:-1])])
+    return np.concatenate([part + start for part, start in zip(numbers, before, strict=True)]).astype(np.int32)

@@ -60,8 +60,10 @@ def write_artifact(path: str | Path, artifact: Artifact) -> None:
     write_atomic(Path(path), save(arrays, metadata))
 
 
-def read_artifact(path: str | Path, *, kind: str, shape: RoutingShape, model: str | None = None) -> Artifact:
-    """Read an artefact and check that it is a `kind` for a model of `shape` (and of that name, where one is given).
+def read_artifact(
+    path: str | Path, *, shape: RoutingShape, kind: str | None = None, model: str | None = None
+) -> Artifact:
+    """Read an artefact and check that it is for a model of `shape` (and a `kind`, and of that model name, where given).
 
     Raises:
         ArtifactError: it cannot be read, is damaged, newer than this version, or for something else; and the way out.
@@ -76,7 +78,7 @@ def read_artifact(path: str | Path, *, kind: str, shape: RoutingShape, model: st
     except SafetensorError as error:
         raise ArtifactError(f"{path}: damaged, or not a safetensors file ({error}); {_AGAIN}") from error
     found = _described(path, metadata, arrays)
-    if found.kind != kind:
+    if kind is not None and found.kind != kind:
         raise ArtifactError(f"{path}: holds a {found.kind} predictor, not {kind}; {_AGAIN}")
     if found.shape != shape:
         raise ArtifactError(
