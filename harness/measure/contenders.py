@@ -49,7 +49,7 @@ class Contender:
             read.append(machine.bytes_read_from_disk())
 
         request = TokenRequest("bench", "bench", tuple(prompt_ids), tuple(output_ids))
-        (result,) = replay(self._model, [request], group=1, concurrency=1, on_decode=begin).requests
+        (result,) = replay(self._model, [request], on_decode=begin).requests
         read.append(machine.bytes_read_from_disk())
         return {
             "decode_s": result.finish_s - result.first_token_s,

@@ -30,7 +30,14 @@ from runtime.errors import BudgetError, ExpertFlowError
 
 Work = Callable[[Any], dict[str, Any]]
 
-_PRELOAD = ["torch", "transformers", "runtime.build", "harness.measure.runner", "harness.search.trial"]
+_PRELOAD = [
+    "torch",
+    "transformers",
+    "runtime.build",
+    "runtime.serving",
+    "harness.measure.runner",
+    "harness.search.trial",
+]
 _ROOT = Path(__file__).parents[2]
 _PR_SET_PDEATHSIG = 1
 _WARM_UP_TOKENS = (8, 3)
@@ -55,17 +62,17 @@ def measure(spec: TrialSpec) -> dict[str, Any]:
     from transformers.utils import logging
 
     import runtime
-    from harness.measure.runner import replay
+    from harness.measure.runner import serve
 
     logging.disable_progress_bar()  # its lock is a semaphore, which a killed trial would leave behind
     machine.reset_peak()
     start = time.perf_counter()
     with runtime.load(spec.model, overrides=spec.overrides) as engine:
         loaded = time.perf_counter()
-        replay(engine.model, [_shortened(spec.requests[-1])], group=1, concurrency=1)
+        serve(engine, [_shortened(spec.requests[-1])], concurrency=1)
         engine.reset_stats()
         began = time.perf_counter()
-        run = replay(engine.model, spec.requests, group=engine.profile.scheduler.group, concurrency=spec.concurrency)
+        run = serve(engine, spec.requests, spec.concurrency)
         return Measurement(
             latency_ms_p50=run.latency_ms_p50,
             ttft_ms_p50=run.ttft_ms_p50,

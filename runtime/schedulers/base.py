@@ -72,12 +72,16 @@ class Scheduler(ABC):
     ) -> Sequence[str]:
         """Ids of the requests of the next pass, the most important first; at most `group` of them decode.
 
-        Never empty while anything waits or runs. The caller leaves out from the end what the KV cache has no room for.
+        Never empty while anything waits or runs. Either one request whose prompt is not computed yet, or such that
+        decode. The caller leaves out from the end what the KV cache has no room for; where that leaves none, it asks
+        again about the decoding requests that were not chosen.
 
         Args:
-            waiting: in order of arrival; none of their tokens has been computed.
+            waiting: in order of arrival; none of their tokens has been computed, or their KV cache was taken from them
+                and all of them have to be computed again.
             running: in order of admission; their prompt may still be computed in part.
-            routes: of running requests' next tokens, by id, as far as they are known; empty unless `needs_routes`.
+            routes: of running requests' next tokens, by id, as far as they are known; empty unless `needs_routes`. It
+                may be lazy: it is read only when a decision depends on it.
             now_s: the time.
         """
 
