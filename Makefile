@@ -5,12 +5,13 @@ PY     := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tune test test-all lint bench clean
+.PHONY: help tune test test-all lint bench bench-replay clean
 help:
 	@echo "make tune      tune the bundled demo model on this machine and write a profile   (ARGS='--max-memory 1GiB …')"
 	@echo "make test      lint, types and the fast tests"
 	@echo "make test-all  every test that this machine can run"
 	@echo "make bench     the tuned engine beside plain transformers and accelerate"
+	@echo "make bench-replay  how fast traces are replayed and requests are grouped"
 	@echo "make lint      ruff and mypy"
 
 $(VENV)/.core: pyproject.toml
@@ -45,6 +46,10 @@ test-all: $(VENV)/.test
 
 bench: $(VENV)/.compare
 	@$(PY) -m harness.bench $(ARGS)
+
+bench-replay: $(VENV)/.test
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks -m slow --benchmark-enable --benchmark-timer=time.process_time \
+		--benchmark-columns=min,median,max,rounds $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

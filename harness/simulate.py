@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from harness.measure.replay import PREDICTORS, ReplayResult, Schedule, Setting, Timing, replay
+from harness.measure.replay import PREDICTORS, ReplayResult, Schedule, Setting, Timing, artifacts_by_kind, replay
 from runtime.cache.policies import ORACLE, POLICIES
 from runtime.errors import UsageError, cli_main
 from runtime.files import write_atomic
@@ -61,10 +61,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
-    for name in ("depth", "count", "every", "batch", "max_tokens"):
+    for name in ("count", "every", "batch", "max_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    if arguments.depth < 0:
+        raise UsageError(f"--depth {arguments.depth}: 0 (forecasts for eviction only) or more")
 
 
 def _settings(arguments: argparse.Namespace, trace: RoutingTrace) -> list[Setting]:
@@ -75,8 +77,21 @@ def _settings(arguments: argparse.Namespace, trace: RoutingTrace) -> list[Settin
     if unknown := [name for name in predictors if name not in PREDICTORS]:
         raise UsageError(f"no predictor {unknown[0]!r} that replays a trace; there are {', '.join(PREDICTORS)}")
     slots = [_slots(text, trace.num_layers * trace.num_experts) for text in arguments.slots.split(",")]
+    artifacts = artifacts_by_kind(arguments.artifact, trace)
+    if unused := artifacts.keys() - set(predictors):
+        raise UsageError(f"--artifact holds a {unused.pop()} predictor, which --predictor does not name")
     return [
-        Setting(policy, count, predictor, arguments.depth, arguments.count, arguments.every)
+        Setting(
+            policy,
+            count,
+            predictor,
+            arguments.depth,
+            arguments.count,
+            arguments.every,
+            arguments.every_unit,
+            artifacts.get(predictor),
+            arguments.adaptive,
+        )
         for count, policy, predictor in itertools.product(slots, policies, predictors)
         if policy != ORACLE or predictor == "none" or len(predictors) == 1
     ]
@@ -137,9 +152,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", default="lru,next_use,belady", help=f"of {', '.join(ALL_POLICIES)}; or all")
     parser.add_argument("--slots", default=DEFAULT_SLOTS, help="counts or shares of all experts (%(default)s)")
     parser.add_argument("--predictor", default="none", help=f"of {', '.join(PREDICTORS)} (%(default)s)")
-    parser.add_argument("--depth", type=int, default=1, help="layers ahead that are prefetched for (%(default)s)")
+    parser.add_argument(
+        "--depth", type=int, default=1, help="layers ahead that are prefetched for; 0: none (%(default)s)"
+    )
     parser.add_argument("--count", type=int, default=2, help="experts prefetched per layer and token (%(default)s)")
     parser.add_argument("--every", type=int, default=1, help="steps that a forecast is reused for (%(default)s)")
+    parser.add_argument("--every-unit", choices=("step", "prompt"), default="step", help="of --every (%(default)s)")
+    parser.add_argument("--adaptive", action="store_true", help="--depth is the most; how far to look is learned")
+    parser.add_argument("--artifact", type=Path, action="append", default=[], help="trained predictor (harness.fit)")
     parser.add_argument("--batch", type=int, help="requests decoded together; default: the passes of the recorded run")
     parser.add_argument("--max-tokens", type=int, help="stop after about that many tokens")
     parser.add_argument("--bandwidth", default="3GB", help="bytes per second of the link (%(default)s)")

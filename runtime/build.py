@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import PreTrainedConfig
 
 from runtime import machine
 from runtime.cache.coordinator import Coordinator
+from runtime.cache.governor import Governor
+from runtime.cache.policies import FORESEEING
 from runtime.cache.residency import Residency
 from runtime.engine import Engine
 from runtime.errors import BudgetError, ProfileError
@@ -20,10 +23,21 @@ from runtime.experts import IMPLEMENTATION, KERNELS, ExpertSource, Kernel, Layer
 from runtime.model import LoadedModel, load_offloaded, load_resident, meta_model, routers_and_norms
 from runtime.passes import PassTracker
 from runtime.pool import OffloadedSource, Pool
+from runtime.predictors.artifact import RoutingShape
 from runtime.predictors.base import NoPredictor, Predictor
-from runtime.predictors.gate_lookahead import GateLookahead, LookaheadRouter, RouterInput, lookahead_router
-from runtime.predictors.previous_token import PreviousToken
+from runtime.predictors.gate_lookahead import (
+    GateLookahead,
+    LookaheadRouter,
+    RankedLookahead,
+    RouterInput,
+    lookahead_router,
+)
+from runtime.predictors.make import PredictorSpec, make_predictor
 from runtime.profile import MachineFacts, ModelIdentity, Profile, load_profile, match_profile
+from runtime.schedulers.base import Scheduler
+from runtime.schedulers.deadline import Deadline
+from runtime.schedulers.fifo import Fifo
+from runtime.schedulers.route_overlap import RouteOverlap
 from runtime.transfer.disk import DiskTransfer
 from runtime.transfer.slots import SlotArena
 from runtime.transfer.store import ExpertLayer, ExpertStore
@@ -122,7 +136,9 @@ def load(
     pools, sources, predictor_notes = _build_pools(loaded, profile, facts, passes, needed)
     runners, kernels = _install(loaded, sources, profile, passes)
     notes += [*clamped, *predictor_notes]
-    return Engine(loaded.model, profile, checkpoint, runners, kernels, passes, pools, notes, needed)
+    return Engine(
+        loaded.model, profile, checkpoint, runners, kernels, passes, pools, notes, needed, **_for_traces(loaded)
+    )
 
 
 def load_reference(
@@ -144,7 +160,22 @@ def load_reference(
         for module, layer in zip(loaded.modules, loaded.layers, strict=True)
     ]
     runners, kernels = _install(loaded, sources, profile, passes)
-    return Engine(loaded.model, profile, checkpoint, runners, kernels, passes)
+    return Engine(loaded.model, profile, checkpoint, runners, kernels, passes, **_for_traces(loaded))
+
+
+SCHEDULERS: dict[str, Callable[[int, int], Scheduler]] = {
+    "fifo": Fifo,
+    "route_overlap": RouteOverlap,
+    "deadline": Deadline,
+}
+
+
+def build_scheduler(profile: Profile) -> Scheduler:
+    """The scheduler that the profile names, new; for `serving.run_batch`."""
+    section = profile.scheduler
+    # A single batch leaves route_overlap nothing to choose between; ExpertFlow looks at two.
+    window = section.window or (2 if section.kind == "route_overlap" else 1)
+    return SCHEDULERS[section.kind](section.group, window)
 
 
 def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
@@ -201,11 +232,17 @@ def _profile_and_checkpoint(source: str | Path | Profile, model: str | Path | No
                 f"{source} is not a profile (.yaml) but a model is named as well: {model}; give only one"
             )
         return Profile.default(), str(source)
-    profile = source if isinstance(source, Profile) else load_profile(Path(source))
+    profile = source if isinstance(source, Profile) else _beside(Path(source), load_profile(Path(source)))
     known = profile.provenance.model if profile.provenance is not None else None
     if model is None and known is None:
         raise ProfileError("the profile does not say where its model is; name the checkpoint as well (--model)")
     return profile, str(model if model is not None else known)
+
+
+def _beside(path: Path, profile: Profile) -> Profile:
+    """The profile with its artefact found beside its file."""
+    artifact = profile.predictor.artifact
+    return profile if artifact is None else profile.with_overrides({"predictor.artifact": str(path.parent / artifact)})
 
 
 def _match(profile: Profile, facts: ModelFacts) -> list[str]:
@@ -262,7 +299,7 @@ def _build_pools(
         share = sum(loaded.layers[i].num_experts for i in layers) / facts.num_experts_total
         predictor, inputs, note = _build_predictor(loaded, layers, profile)
         pool = _build_pool(loaded, layers, max(1, int(total * share)), predictor, profile, facts, needed)
-        passes.listeners.append(predictor.begin)
+        passes.listeners.append(pool.coordinator.begin)
         for turn, (index, router_input) in enumerate(zip(layers, inputs, strict=True)):
             sources[index] = OffloadedSource(pool, turn, lambda: passes.current, router_input)
         pools.append(pool)
@@ -287,12 +324,18 @@ def _build_pool(
         residency,
         transfer,
         predictor,
-        prefetch_depth=0 if isinstance(predictor, NoPredictor) else profile.prefetch.depth,
+        governor=_governor(predictor, profile),
         prefetch_count=profile.prefetch.count,
-        predict_every=profile.predictor.every,
+        predict_every=profile.predictor.every if profile.predictor.kind != "periodic" else 1,
         needed_loads=needed,
     )
     return Pool(store, arena, coordinator)
+
+
+def _governor(predictor: Predictor, profile: Profile) -> Governor:
+    section = profile.prefetch
+    depth = 0 if isinstance(predictor, NoPredictor) else section.depth
+    return Governor(depth, adaptive=section.adaptive, on_trial=section.on_trial)
 
 
 def _build_predictor(
@@ -300,11 +343,26 @@ def _build_predictor(
 ) -> tuple[Predictor, list[Callable[[], torch.Tensor | None]], list[str]]:
     """The predictor of a pool, what to show it of each layer, and notes."""
     nothing: list[Callable[[], torch.Tensor | None]] = [lambda: None] * len(layers)
-    if profile.predictor.kind == "none" or profile.prefetch.depth == 0:
+    section, num_experts = profile.predictor, loaded.layers[layers[0]].num_experts
+    if section.kind == "none" or (profile.prefetch.depth == 0 and profile.cache.policy not in FORESEEING):
         return NoPredictor(), nothing, []
-    num_experts = loaded.layers[layers[0]].num_experts
-    if profile.predictor.kind == "previous_token":
-        return PreviousToken(len(layers), num_experts), nothing, []
+    if section.kind != "gate_lookahead":
+        if section.artifact is not None and len(layers) < len(loaded.layers):
+            return NoPredictor(), nothing, [f"{section.kind} is not available for a model with several expert shapes"]
+        artifact = None if section.artifact is None else Path(section.artifact)
+        shape = RoutingShape(len(layers), num_experts, top_k_of(loaded.model.config) or 1)
+        spec = PredictorSpec(section.kind, artifact, section.params, section.every, section.every_unit)
+        return make_predictor(spec, shape), nothing, []
+    found = _lookahead_routers(loaded, layers)
+    if isinstance(found, str):
+        why = f"gate_lookahead is not available for this model, nothing is prefetched: {found}"
+        return NoPredictor(), nothing, [why]
+    predictor = GateLookahead(found, num_experts, max(profile.prefetch.depth, 1))
+    return predictor, [RouterInput(router.module) for router in found], []
+
+
+def _lookahead_routers(loaded: LoadedModel, layers: Sequence[int]) -> list[LookaheadRouter] | str:
+    """The routers of `layers`, ready to be asked; else the reason why one of them cannot be."""
     hidden_size = loaded.model.config.get_text_config().hidden_size
     found: list[LookaheadRouter] = []
     pairs = routers_and_norms(loaded)
@@ -312,8 +370,20 @@ def _build_predictor(
         router, norm = pairs[index]
         asked = "no router beside the experts" if router is None else lookahead_router(router, norm, hidden_size)
         if isinstance(asked, str):
-            why = f"gate_lookahead is not available for this model, nothing is prefetched: {asked}"
-            return NoPredictor(), nothing, [why]
+            return asked
         found.append(asked)
-    predictor = GateLookahead(found, num_experts, profile.prefetch.depth)
-    return predictor, [RouterInput(router.module) for router in found], []
+    return found
+
+
+def _ranked_lookahead(loaded: LoadedModel, depth: int) -> RankedLookahead | str:
+    """The lookahead that traces record, over all MoE layers of the model, whatever their pools."""
+    routers = _lookahead_routers(loaded, range(len(loaded.layers)))
+    return routers if isinstance(routers, str) else RankedLookahead(routers, depth)
+
+
+def _for_traces(loaded: LoadedModel) -> dict[str, Any]:
+    """What an engine needs beside itself to record a trace."""
+    return {
+        "expert_bytes": max(layer.expert_bytes for layer in loaded.layers),
+        "ranked_lookahead": partial(_ranked_lookahead, loaded),
+    }

@@ -19,14 +19,15 @@ from runtime import strict_yaml
 from runtime.errors import ProfileError, UsageError
 from runtime.files import write_atomic
 from runtime.machine import format_bytes, parse_bytes
+from runtime.predictors.params import PREDICTOR_PARAMS, TRAINED
 
 # Names of what exists. An issue that adds a member of a family adds its name here.
-POLICIES = ("lru", "lfu", "lfru", "static", "next_use")
-PREDICTORS = ("none", "previous_token", "gate_lookahead")
-SCHEDULERS = ("fifo",)
+POLICIES = ("lru", "lfu", "lfru", "static", "next_use", "activation", "plec", "periodic", "probabilistic_belady")
+PREDICTORS = tuple(PREDICTOR_PARAMS)
+SCHEDULERS = ("fifo", "route_overlap", "deadline")
 PREFILL_KERNELS = ("eager", "grouped_mm")
 DECODE_KERNELS = ("eager", "grouped_mm", "gemv")
-EVERY_UNITS = ("step",)
+EVERY_UNITS = ("step", "prompt")
 MISS_ACTIONS = ("copy",)
 NUMERICS = ("exact",)
 
@@ -162,6 +163,10 @@ class Prefetch(_Section):
     """Layers ahead; 0: no prefetch."""
     count: Count = 2
     """Experts per token and layer at most."""
+    adaptive: bool = False
+    """`depth` is the most; how far to look is learned while running."""
+    on_trial: bool = True
+    """Compare decode steps with and without prefetch while running, and leave it off where it does not pay."""
 
 
 class Predictor(_Section):
@@ -179,10 +184,22 @@ class Predictor(_Section):
     """Of the predictor."""
 
     @model_validator(mode="after")
-    def _no_params(self) -> Self:
-        if self.artifact is not None:
+    def _check(self) -> Self:
+        if self.artifact is not None and self.kind not in TRAINED:
             raise ValueError(f"predictor {self.kind!r} is not trained and takes no artifact; remove {self.artifact!r}")
-        _refuse_params("predictor", self.kind, self.params)
+        if self.artifact is None and TRAINED.get(self.kind):
+            raise ValueError(f"predictor {self.kind!r} needs an artifact; train one: python -m harness.fit {self.kind}")
+        if self.every_unit == "prompt" and self.kind != "periodic":
+            raise ValueError(f"every_unit 'prompt' is for predictor 'periodic'; {self.kind!r} counts steps")
+        known = PREDICTOR_PARAMS[self.kind]
+        try:
+            known.model_validate(self.params)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name, takes = ".".join(map(str, first["loc"])), ", ".join(known.model_fields) or "none"
+            raise ValueError(
+                f"params of predictor {self.kind!r}: {name}: {first['msg'].lower()}; it takes {takes}"
+            ) from None
         return self
 
 

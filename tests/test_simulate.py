@@ -81,7 +81,7 @@ def _arrive_at_once(transfer: Any) -> None:
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_recorded_run_replays_with_the_engines_own_counts(checkpoint: Path, policy: str) -> None:
-    overrides = {"cache.slots": 7, "cache.policy": policy, "prefetch.depth": 0}
+    overrides = {"cache.slots": 7, "cache.policy": policy, "prefetch.depth": 0, "predictor.kind": "none"}
     ours, trace = _run_and_record(checkpoint, overrides, at_once=False)
     found = replay(Schedule(trace), Setting(policy, 7), TIMING)
     assert found.cache == ours.cache

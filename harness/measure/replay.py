@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.cache.coordinator import Coordinator
+from runtime.cache.governor import Governor
 from runtime.cache.policies import ORACLE
 from runtime.cache.residency import Count, Residency, next_demands
 from runtime.errors import UsageError
-from runtime.predictors.base import Forecast, NoPredictor, Observation, Predictor
-from runtime.predictors.previous_token import PreviousToken
+from runtime.predictors.artifact import RoutingShape, read_artifact
+from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
+from runtime.predictors.make import PredictorSpec, make_predictor
+from runtime.predictors.params import PREDICTOR_PARAMS
 from runtime.telemetry import CacheStats, engine_stats
 from runtime.trace import NO_PREDICTION, RoutingTrace
 from runtime.transfer.base import TransferStats
@@ -51,6 +55,9 @@ class Setting:
     depth: int = 1
     count: int = 2
     every: int = 1
+    every_unit: str = "step"
+    artifact: str | None = None
+    adaptive: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,32 +173,68 @@ class RecordedLookahead(Predictor):
         trace = schedule.trace
         if trace.predicted is None:
             raise UsageError("the trace has no recorded gate lookahead (field `predicted`); take another predictor")
-        self._passes, self._predicted = schedule.passes, trace.predicted
+        self._passes, self._predicted, self._top_k = schedule.passes, trace.predicted, trace.top_k
         self._forecast: Forecast = np.zeros((trace.num_layers, trace.num_experts), np.float32)
 
     def observe(self, layer: int, observation: Observation) -> None:
         """Look up what was forecast at this layer."""
         num_layers, num_experts = self._forecast.shape
-        depth, num_ranks = self._predicted.shape[2:]
+        depth, num_ranks = self._predicted.shape[2], min(self._predicted.shape[3], self._top_k)
         rows = self._passes[observation.passing.step]
         worth = 1.0 - np.arange(num_ranks) / (100 * num_ranks)  # likelier first among equals
         for ahead in range(1, min(depth, num_layers - 1 - layer) + 1):
-            chosen = self._predicted[rows, layer, ahead - 1]
+            chosen = self._predicted[rows, layer, ahead - 1, :num_ranks]
             is_known = chosen != NO_PREDICTION
             weights = np.broadcast_to(worth, chosen.shape)[is_known]
             self._forecast[layer + ahead] = np.bincount(chosen[is_known], weights=weights, minlength=num_experts)
 
-    def forecast(self, layer: int) -> Forecast:
+    def forecast(self, layer: int) -> Forecast | None:
         """Tokens for which each expert was forecast."""
-        return self._forecast
+        return None if layer == BEFORE_FIRST_LAYER else self._forecast
 
 
-_PREDICTORS: dict[str, Callable[[Schedule], Predictor]] = {
-    "none": lambda schedule: NoPredictor(),
-    "previous_token": lambda schedule: PreviousToken(schedule.trace.num_layers, schedule.trace.num_experts),
-    "gate_lookahead": RecordedLookahead,
-}
-PREDICTORS = tuple(_PREDICTORS)
+PREDICTORS = tuple(PREDICTOR_PARAMS)
+
+
+def predictor_of(setting: Setting, schedule: Schedule) -> Predictor:
+    """The predictor that `setting` names, for the trace of `schedule`.
+
+    Raises:
+        UsageError, ArtifactError: it cannot be had for this trace, and why.
+    """
+    if setting.predictor == "gate_lookahead":
+        return RecordedLookahead(schedule)
+    trace = schedule.trace
+    model = trace.meta.get("model")
+    spec = PredictorSpec(
+        setting.predictor,
+        None if setting.artifact is None else Path(setting.artifact),
+        every=setting.every,
+        every_unit=setting.every_unit,
+        model=None if model is None else str(model),
+    )
+    if setting.predictor == "routing_path" and trace.token_ids is None:
+        raise UsageError(
+            "the trace has no token ids (field `token_ids`), which routing_path goes by; record one with them"
+        )
+    return make_predictor(spec, RoutingShape(trace.num_layers, trace.num_experts, trace.top_k))
+
+
+def artifacts_by_kind(paths: Sequence[Path], trace: RoutingTrace) -> dict[str, str]:
+    """Which predictor each artefact holds; all are for the model of `trace`.
+
+    Raises:
+        ArtifactError: one is not. UsageError: two hold the same kind.
+    """
+    model = trace.meta.get("model")
+    shape = RoutingShape(trace.num_layers, trace.num_experts, trace.top_k)
+    found: dict[str, str] = {}
+    for path in paths:
+        kind = read_artifact(path, shape=shape, model=None if model is None else str(model)).kind
+        if kind in found:
+            raise UsageError(f"{found[kind]} and {path} both hold a {kind} predictor; give one of them")
+        found[kind] = str(path)
+    return found
 
 
 def replay(
@@ -241,19 +284,19 @@ def _replay_with_predictor(
     """Through the engine's coordinator and transfer queue."""
     trace, residency = schedule.trace, _residency(schedule.trace, setting)
     transfer = SimulatedTransfer(timing.load_s, _expert_bytes(trace))
-    predictor = _PREDICTORS[setting.predictor](schedule)
+    predictor = predictor_of(setting, schedule)
     coordinator = Coordinator(
         residency,
         transfer,
         predictor,
-        prefetch_depth=setting.depth,
+        governor=Governor(setting.depth, adaptive=setting.adaptive),
         prefetch_count=setting.count,
-        predict_every=setting.every,
+        predict_every=1 if setting.predictor == "periodic" else setting.every,
     )
     starts, experts, tokens = (array.tolist() for array in schedule.demands)
     event = 0
     for step, rows in enumerate(schedule.passes):
-        passing = _pass(trace, step, rows)
+        passing = pass_of(trace, step, rows)
         coordinator.begin(passing)
         for layer in range(trace.num_layers):
             part = slice(starts[event], starts[event + 1])
@@ -274,10 +317,12 @@ def _expert_bytes(trace: RoutingTrace) -> int:
     return int(trace.meta.get("expert_bytes") or 0)
 
 
-def _pass(trace: RoutingTrace, step: int, rows: Integers) -> Pass:
+def pass_of(trace: RoutingTrace, step: int, rows: Integers) -> Pass:
+    """The `rows` of a trace as the forward pass that predictors see."""
     phase = Phase.DECODE if trace.phase is None else Phase(int(trace.phase[rows[0]]))
     ids = () if trace.token_ids is None else tuple(trace.token_ids[rows].tolist())
-    return Pass(phase, len(rows), step, ids, tuple(trace.request[rows].tolist()))
+    requests = trace.request[rows].tolist()
+    return Pass(phase, len(rows), step, ids, tuple(requests), tuple(trace.task(request) for request in requests))
 
 
 def _result(

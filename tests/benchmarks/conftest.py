@@ -1,0 +1,35 @@
+"""Rates of benchmarks: kept with each result and shown at the end. Recorded, never asserted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+RATES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def rate(
+    benchmark: Any, request: pytest.FixtureRequest, pytestconfig: pytest.Config
+) -> Callable[[str, int, Callable[[], Any]], Any]:
+    """`rate("layer_events", 120_000, run)` measures `run`, which does that many of them, and returns what it returns.
+
+    The rate is that of the median round; where benchmarks are disabled, `run` runs once.
+    """
+
+    def measure(of: str, count: int, run: Callable[[], Any]) -> Any:
+        result = benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+        if benchmark.stats is not None:
+            per_s = count / benchmark.stats.stats.median
+            benchmark.extra_info[f"{of}_per_s"] = per_s
+            pytestconfig.stash.setdefault(RATES, []).append(f"{per_s:14,.0f} {of}/s  {request.node.name}")
+        return result
+
+    return measure
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for line in config.stash.get(RATES, []):
+        terminalreporter.write_line(line)
