@@ -40,6 +40,7 @@ from runtime.model import checkpoint_files
 from runtime.profile import load_profile
 
 CONTENDERS = ("ours", "resident", "accelerate_experts", "accelerate_layers", "on_demand")
+OTHERS = ("lru", "lru_prefetch")
 DEMO_EXPERT_BYTES = 6 << 20
 BLOCK_CAP_S = 20.0
 
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded per block (default 64)")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens of each prompt (default 64)")
     parser.add_argument("--blocks", type=int, default=5, help="interleaved repeats, each on other text (default 5)")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="any of %(default)s")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help=f"any of %(default)s,{','.join(OTHERS)}")
     parser.add_argument("--threads", type=int, help="compute threads of each (default: the profile's, else 1)")
     parser.add_argument("--workload", type=Path, help="JSON lines of text; default: the demo's held-out text")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder for raw samples (%(default)s)")
@@ -89,8 +90,8 @@ class Setup:
 def _setup(options: argparse.Namespace) -> Setup:
     names = tuple(options.contenders.split(","))
     for name in names:
-        if name not in CONTENDERS:
-            raise UsageError(f"unknown contender {name!r}; known: {', '.join(CONTENDERS)}")
+        if name not in (*CONTENDERS, *OTHERS):
+            raise UsageError(f"unknown contender {name!r}; known: {', '.join((*CONTENDERS, *OTHERS))}")
     for option in ("tokens", "prompt_tokens", "blocks"):
         least = 2 if option == "tokens" else 1
         if getattr(options, option) < least:

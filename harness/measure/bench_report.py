@@ -14,6 +14,8 @@ from runtime.machine import format_bytes
 
 LABELS = {
     "ours": "ours",
+    "lru": "ours with LRU, on demand",
+    "lru_prefetch": "ours with LRU, same prefetch",
     "on_demand": "ours, on demand, no cache",
     "accelerate_experts": "accelerate, experts on disk",
     "accelerate_layers": "accelerate, layers on disk",
@@ -21,6 +23,7 @@ LABELS = {
     "reference": "resident, our kernels",
 }
 UNLIMITED = ("resident", "reference")
+OWN = ("ours", "lru", "lru_prefetch", "on_demand")
 
 
 def table(rows: Mapping[str, Row], *, page_cache_limited: bool, dense_share: float) -> str:
@@ -68,7 +71,7 @@ def _notes(row: Row, page_cache_limited: bool, dense_share: float) -> list[str]:
         notes.append(f"experts implementation {row.implementation}")
     waited = row.stall_share()
     if waited is not None:
-        notes.append(f"waited for experts {waited:.0%} of the time")
+        notes.append(f"waited for experts {waited:.0%} of the time, {1e3 * (row.stall_s() or 0.0):.2f} ms a token")
     if not page_cache_limited and row.name not in UNLIMITED:
         notes.append("page cache not limited")
     fewest = min(len(sample["predicted_ids"]) for sample in row.samples.values())
@@ -97,6 +100,14 @@ def _ratio(rows: Mapping[str, Row], row: Row) -> Ratio | None:
     return paired(ours.rates(), row.rates()) if ours is not None and ours.is_measured else None
 
 
+def _stall_ratio(rows: Mapping[str, Row], row: Row) -> Ratio | None:
+    """Our waiting over that of a row with a cache, per token of the same block; None where one never waited."""
+    ours = rows.get("ours")
+    if ours is None or not ours.is_measured or not all((*ours.stalls().values(), *row.stalls().values())):
+        return None
+    return paired(ours.stalls(), row.stalls())
+
+
 def _equal(row: Row, rows: Mapping[str, Row]) -> str:
     reference = rows.get("reference")
     if reference is None or not reference.is_measured:
@@ -114,7 +125,7 @@ def _peak(row: Row) -> int:
 def tokens_equal(rows: Mapping[str, Row]) -> bool | None:
     """Whether our offloaded rows predicted exactly the reference's tokens; None when that was not measured."""
     reference = rows.get("reference")
-    own = [rows[name] for name in ("ours", "on_demand") if name in rows and rows[name].is_measured]
+    own = [rows[name] for name in OWN if name in rows and rows[name].is_measured]
     if reference is None or not reference.is_measured or not own:
         return None
     counts = [agreement(row, reference) for row in own]
@@ -201,6 +212,7 @@ def _summary(row: Row, rows: Mapping[str, Row]) -> dict[str, Any] | None:
         return None
     ratio = None if row.name == "ours" else _ratio(rows, row)
     rate = row.rate()
+    stall = None if row.name == "ours" else _stall_ratio(rows, row)
     return {
         "tokens_per_s": rate.median,
         "tokens_per_s_min": rate.min,
@@ -210,4 +222,6 @@ def _summary(row: Row, rows: Mapping[str, Row]) -> dict[str, Any] | None:
         "peak_resident_bytes": max(sample["peak_resident_bytes"] for sample in row.samples.values()),
         "bytes_per_token": row.mean("read_bytes"),
         "hit_rate": row.hit_rate(),
+        "stall_ms_per_token": None if row.stall_s() is None else 1e3 * (row.stall_s() or 0.0),
+        "ours_over_its_stall": None if stall is None else stall.as_dict(),
     }

@@ -71,6 +71,16 @@ class Row:
         lookups = sum(each["num_lookups"] for each in stats)
         return sum(each["num_hits"] for each in stats) / lookups if lookups else None
 
+    def stalls(self) -> dict[int, float]:
+        """Seconds waited for experts per decoded token, by block; empty for a contender that does not say."""
+        told = {block: sample for block, sample in self.samples.items() if "stats" in sample}
+        return {block: sample["stats"]["stall_s"] / sample["decode_tokens"] for block, sample in told.items()}
+
+    def stall_s(self) -> float | None:
+        """Median over the blocks of the seconds waited per token; None for a contender that does not say."""
+        stalls = self.stalls()
+        return summarize(list(stalls.values())).median if stalls else None
+
     def stall_share(self) -> float | None:
         """Share of the decode time in which compute waited for experts; None for a contender that does not say."""
         told = [sample for sample in self.samples.values() if "stats" in sample]

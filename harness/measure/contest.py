@@ -54,6 +54,11 @@ class Contest:
         nothing_kept = {"cache.policy": "lru", "prefetch.depth": 0, "predictor.kind": "none"}
         return self.engine_spec(self.top_k * self.num_pools, **nothing_kept)
 
+    def lru_spec(self, slots: int, *, prefetches: bool) -> Spec:
+        """Our engine with the cache that others have: the least recently used expert goes."""
+        on_demand = {} if prefetches else {"prefetch.depth": 0, "predictor.kind": "none"}
+        return self.engine_spec(slots, **{"cache.policy": "lru", **on_demand})
+
     def reference_spec(self) -> Spec:
         """The resident model through our kernels."""
         return Spec("reference", self.model, self.threads, self.profile, self._own)
@@ -69,7 +74,8 @@ class Contest:
 
     @property
     def _own(self) -> dict[str, Any]:
-        return {"compute.threads": self.threads, "workload.context": self.context}
+        # A configuration is measured as it is, not while the engine finds out whether its prefetching pays.
+        return {"compute.threads": self.threads, "workload.context": self.context, "prefetch.on_trial": False}
 
     def start(self, name: str, spec: Spec, limit_bytes: int | None) -> Any:
         """A context manager: the running process; see `process.start`."""
@@ -98,6 +104,8 @@ class Field:
         self._contest.say(f"starting {name}")
         starters: dict[str, Callable[[], Row]] = {
             "ours": self._ours,
+            "lru": lambda: self._lru("lru", prefetches=False),
+            "lru_prefetch": lambda: self._lru("lru_prefetch", prefetches=True),
             "on_demand": lambda: self._fixed("on_demand", self._contest.on_demand_spec(), self._limit.total_bytes),
             "resident": lambda: self._fixed("resident", self._contest.resident_spec(), None),
             "reference": lambda: self._fixed("reference", self._contest.reference_spec(), None),
@@ -121,6 +129,13 @@ class Field:
                 return row
             slots = max(1, slots - max(1, slots // MIN_SLOTS_STEP))
             self._contest.say(f"ours does not fit ({row.failure}); trying {slots} slots")
+
+    def _lru(self, name: str, *, prefetches: bool) -> Row:
+        """With as many slots as ours."""
+        ours = self.rows.get("ours")
+        slots = self._limit.num_slots if ours is None or ours.process is None else ours.process.facts["slots"]
+        spec = self._contest.lru_spec(slots, prefetches=prefetches)
+        return self._fixed(name, spec, self._limit.total_bytes)
 
     def _fixed(self, name: str, spec: Spec, limit_bytes: int | None) -> Row:
         row, stack = self._try(name, spec, limit_bytes)

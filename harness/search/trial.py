@@ -67,7 +67,8 @@ def measure(spec: TrialSpec) -> dict[str, Any]:
     logging.disable_progress_bar()  # its lock is a semaphore, which a killed trial would leave behind
     machine.reset_peak()
     start = time.perf_counter()
-    with runtime.load(spec.model, overrides=spec.overrides) as engine:
+    # A configuration is measured as it is, not while the engine finds out whether its prefetching pays.
+    with runtime.load(spec.model, overrides={**spec.overrides, "prefetch.on_trial": False}) as engine:
         loaded = time.perf_counter()
         serve(engine, [_shortened(spec.requests[-1])], concurrency=1)
         engine.reset_stats()

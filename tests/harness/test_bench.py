@@ -145,6 +145,27 @@ def test_on_demand_keeps_nothing(tmp_path: Path) -> None:
     assert spec.overrides["cache.slots"] == 4 and spec.overrides["prefetch.depth"] == 0
 
 
+def test_lru_has_the_slots_of_ours_and_their_waiting_is_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arena, running = _field(monkeypatch, tmp_path, lambda spec: 9 * spec.overrides["cache.slots"])
+    for name in ("ours", "lru", "lru_prefetch"):
+        running.add(name)
+    ours, on_demand, prefetching = (spec.overrides for spec in arena.running)
+    assert ours["cache.slots"] == on_demand["cache.slots"] == prefetching["cache.slots"] == 54
+    assert "cache.policy" not in ours and on_demand["cache.policy"] == prefetching["cache.policy"] == "lru"
+    assert on_demand["prefetch.depth"] == 0 and "prefetch.depth" not in prefetching
+    for name, stall_s in (("ours", 0.5), ("lru", 1.0), ("lru_prefetch", 0.0)):
+        running.rows[name].samples = {
+            block: {"decode_tokens": 10, "decode_s": 2.0, "stats": {"stall_s": stall_s * (1 + block)}}
+            for block in range(3)
+        }
+    lru = running.rows["lru"]
+    assert lru.stall_s() == pytest.approx(0.2)
+    assert report._stall_ratio(running.rows, lru).estimate == pytest.approx(0.5)
+    assert report._stall_ratio(running.rows, running.rows["lru_prefetch"]) is None
+
+
 def test_the_process_is_its_peak_less_weights_and_slot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(contests.processes, "start", Arena(lambda spec: 0, lambda spec: 10.0).start)
     sizes = ModelBytes(dense_bytes=300, slot_bytes=20, num_experts=8)

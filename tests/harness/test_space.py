@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from harness.search.space import Setting, Space
-from runtime.profile import Profile
+from runtime.profile import POLICIES, Profile
 
 BASE = Profile.default()
 
@@ -83,7 +83,7 @@ def test_seeds_begin_with_the_default_and_are_configurations() -> None:
 def test_configurations_are_distinct_and_counted() -> None:
     space = _space(fit=3, concurrency=1)
     found = [tuple(sorted(params.items())) for params in space.configurations()]
-    assert len(set(found)) == len(found) == space.size() == 3 * 5 * (1 + 3 * 4 * 8)
+    assert len(set(found)) == len(found) == space.size() == 3 * len(POLICIES) * (1 + 3 * 4 * 8)
 
 
 def test_the_digest_tells_spaces_apart() -> None:
