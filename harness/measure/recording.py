@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from harness.measure.runner import Decoder
 from harness.measure.workload import Passage
 from runtime.engine import Engine
 from runtime.prompts import Prompt, PromptRequest
@@ -99,13 +99,9 @@ def _shortened(request: PromptRequest, max_tokens: int) -> PromptRequest | None:
 
 @torch.inference_mode()
 def _feed(model: Any, prompt: Sequence[int], text: Sequence[int]) -> None:
-    options: dict[str, Any] = {"use_cache": True}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1
-    cache = None
-    for ids in (list(prompt), *([token] for token in text)):
-        output = model(torch.tensor([ids], device=model.device), past_key_values=cache, **options)
-        cache = output.past_key_values  # a DynamicCache, or what the architecture needs
+    decoder = Decoder(model)
+    for ids in (prompt, *([token] for token in text)):
+        decoder.step(ids)
 
 
 @torch.inference_mode()

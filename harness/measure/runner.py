@@ -77,14 +77,13 @@ def serve(engine: Engine, requests: Sequence[TokenRequest], concurrency: int) ->
     if concurrency == 1:
         return replay(engine.model, requests)
     # Imported late: peers are measured with `replay` too, and this would be in their memory.
-    from runtime.build import build_scheduler
     from runtime.serving import run_batch
 
     replays = [
         PromptRequest(request.id, request.prompt_ids, task=request.task, output_ids=request.output_ids)
         for request in requests
     ]
-    return RunResult(run_batch(engine, replays, build_scheduler(engine.profile), concurrency=concurrency).requests)
+    return RunResult(run_batch(engine, replays, concurrency=concurrency).requests)
 
 
 @torch.inference_mode()
@@ -111,7 +110,7 @@ def replay(
     start = arrival = clock()
     results = []
     for request in requests:
-        decoder = _Decoder(model)
+        decoder = Decoder(model)
         predicted = [decoder.step(request.prompt_ids)]
         first = finish = clock()
         on_decode()
@@ -124,18 +123,20 @@ def replay(
     return RunResult(tuple(results))
 
 
-class _Decoder:
-    """One sequence of a model and its KV cache."""
+class Decoder:
+    """One sequence of a transformers causal language model and its KV cache; the caller turns gradients off."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._cache = model, None
+        takes = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         self._options: dict[str, Any] = {"use_cache": True}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        if "logits_to_keep" in takes:
             self._options["logits_to_keep"] = 1
 
     def step(self, tokens: Sequence[int]) -> int:
         """The most likely next token after `tokens`."""
         ids = torch.tensor([tokens], device=self._model.device)
-        output = self._model(ids, past_key_values=self._cache, **self._options)
-        self._cache = output.past_key_values  # a DynamicCache, or what the architecture needs
+        output = self._model(ids, **{self._cache_name: self._cache}, **self._options)
+        self._cache = getattr(output, self._cache_name)  # a DynamicCache, or what the architecture needs
         return int(output.logits[0, -1].argmax())
