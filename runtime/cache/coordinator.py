@@ -23,6 +23,8 @@ class Coordinator:
         governor: says how many layers ahead are prefetched for.
         prefetch_count: experts per token and layer that are prefetched at most.
         predict_every: decode steps for which a forecast is reused.
+        refreshes: before a pass, the slots are given to the experts that its forecast names, as far as there is one.
+            For an engine that does not load what it misses.
         needed_loads: where given, every load that the run needed is appended, in the order in which it was needed:
             demand loads, and prefetches at their first use.
     """
@@ -36,18 +38,24 @@ class Coordinator:
         governor: Governor,
         prefetch_count: int,
         predict_every: int = 1,
+        refreshes: bool = False,
         needed_loads: list[Load] | None = None,
     ) -> None:
         self.residency, self.transfer, self.predictor = residency, transfer, predictor
         self.governor, self.prefetch_count, self.predict_every = governor, prefetch_count, predict_every
         self._depth = governor.deepest  # of the running pass
+        self._waiting: list[tuple[int, int]] = []  # experts to prefetch that have no slot, and layers until each
+        self.refreshes = refreshes
         self.needed_loads = needed_loads
 
     def begin(self, passing: Pass) -> None:
         """A forward pass starts: what the predictor knows of it already is prefetched before its first layer."""
         self._depth = self.governor.depth(passing.phase, passing.num_tokens, self._reading())
         self.predictor.begin(passing)
-        self._prefetch(BEFORE_FIRST_LAYER, passing.num_tokens)
+        if self.refreshes:
+            self._refresh()
+        else:
+            self._prefetch(BEFORE_FIRST_LAYER, passing.num_tokens)
 
     def serve(
         self, layer: int, demand: Sequence[int], tokens: Sequence[int], observation: Observation
@@ -69,11 +77,11 @@ class Coordinator:
         self._act(plan)
         self._predict(layer, observation)
         self._prefetch(layer, num_tokens)
-        yield from self._arrivals(plan)
+        yield from self._arrivals(layer, plan)
         while plan.deferred:
             plan = self.residency.plan(layer, plan.deferred, [0] * len(plan.deferred), num_tokens, first=False)
             self._act(plan)
-            yield from self._arrivals(plan)
+            yield from self._arrivals(layer, plan)
 
     def _land(self, experts: Sequence[int]) -> None:
         """Take note of the prefetches among `experts` that have arrived since anyone looked."""
@@ -96,7 +104,7 @@ class Coordinator:
     @property
     def _is_asked(self) -> bool:
         """Somebody acts on a forecast: the prefetch or the policy."""
-        return self._depth > 0 or self.residency.foresees
+        return self._depth > 0 or self.residency.foresees or self.refreshes
 
     def _reading(self) -> Reading:
         counts, moved = self.residency.counts(), self.transfer.stats()
@@ -119,18 +127,35 @@ class Coordinator:
 
     def _prefetch(self, layer: int, num_tokens: int) -> None:
         """Tell the policy what is forecast, and load what the coming layers are expected to need."""
+        self._waiting = []
         forecast = self.predictor.forecast(layer) if self._is_asked else None
         if forecast is None:
             return
         if self.residency.foresees:
             self.residency.foresee(forecast, 0 if self.predictor.sees_next_pass else layer + 1)
-        wanted, steps_ahead = self._wanted(layer, forecast, num_tokens)
-        if wanted:
-            self.transfer.submit(self.residency.plan_prefetch(layer, wanted, steps_ahead))
+        self._waiting = self._wanted(layer, forecast, num_tokens)
+        self._load_ahead(layer)
 
-    def _wanted(self, layer: int, forecast: Forecast, num_tokens: int) -> tuple[list[int], list[int]]:
-        """Experts to have ready for the coming layers and layers until each, most urgent first: those of the nearest
-        layer, or whatever is likeliest."""
+    def _load_ahead(self, layer: int) -> None:
+        """Load what is wanted as far as there are slots for it. The rest waits for those that `layer` frees, as in
+        ExpertFlow (arXiv 2410.17954v2, figure 5)."""
+        if not self._waiting:
+            return
+        experts, steps_ahead = zip(*self._waiting, strict=True)
+        self.transfer.submit(self.residency.plan_prefetch(layer, experts, steps_ahead))
+        self._waiting = [one for one in self._waiting if self.residency.slot_of(one[0]) < 0]
+
+    def _refresh(self) -> None:
+        forecast = self.predictor.forecast(BEFORE_FIRST_LAYER)
+        if forecast is None:
+            return
+        if self.residency.foresees:
+            self.residency.foresee(forecast)
+        self.transfer.submit(self.residency.plan_refresh(forecast))
+
+    def _wanted(self, layer: int, forecast: Forecast, num_tokens: int) -> list[tuple[int, int]]:
+        """Experts to have ready for the coming layers with layers until each, most urgent first: those of the nearest
+        layer, or those of the highest likelihood x layer proximity."""
         num_layers, num_experts = forecast.shape
         most = min(self.prefetch_count * num_tokens, num_experts)
         found: list[tuple[float, int, int]] = []
@@ -140,10 +165,10 @@ class Coordinator:
             base = (layer + ahead) * num_experts
             found.extend((row[index], base + index, ahead) for index in likeliest if row[index] > 0.0)
         if self.predictor.by_likelihood:
-            found.sort(key=lambda one: -one[0])
-        return [expert for _, expert, _ in found], [ahead for *_, ahead in found]
+            found.sort(key=lambda one: -one[0] * (1.0 - one[2] / num_layers))
+        return [(expert, ahead) for _, expert, ahead in found]
 
-    def _arrivals(self, plan: Plan) -> Iterator[Sequence[int]]:
+    def _arrivals(self, layer: int, plan: Plan) -> Iterator[Sequence[int]]:
         """The experts of one wave in groups as they are ready. A lease ends when the consumer comes back for more."""
         leased = set(plan.hits) | set(plan.awaited)
         awaited = list(plan.awaited)
@@ -151,12 +176,14 @@ class Coordinator:
             if plan.hits:
                 yield plan.hits
                 self._release(plan.hits, leased)
+                self._load_ahead(layer)
             while awaited:
                 arrived = self.transfer.wait_any(awaited)
                 self.residency.complete(arrived)
                 awaited = [expert for expert in awaited if expert not in arrived]
                 yield arrived
                 self._release(arrived, leased)
+                self._load_ahead(layer)
         except TransferError:
             self._abandon(leased)
             raise

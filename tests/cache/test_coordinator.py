@@ -93,6 +93,21 @@ def test_a_right_forecast_turns_misses_into_hits() -> None:
     assert (counts[Count.HITS], counts[Count.PREFETCH_USED], counts[Count.PREFETCH_WASTED]) == (2, 2, 0)
 
 
+def test_a_slot_that_a_layer_frees_goes_to_what_is_still_wanted() -> None:
+    """ExpertFlow's example: 4 slots, 3 experts in one layer and 2 forecast in the next; the fifth takes a freed slot."""
+    coordinator = _coordinator(4, Fixed([[], [3, 4], [], []]), depth=1)
+    groups = coordinator.serve(0, [0, 1, 2], [1] * 3, _observation())
+    assert list(next(iter(groups))) == [0]
+    assert sorted(coordinator.residency.resident()) == [0, 1, 2, EXPERTS + 3]  # no slot for the other one yet
+    assert list(next(iter(groups))) == [1]  # the consumer is done with 0
+    assert sorted(coordinator.residency.resident()) == [1, 2, EXPERTS + 3, EXPERTS + 4]
+    assert [list(group) for group in groups] == [[2]]
+    assert _serve(coordinator, 1, [3, 4]) == [[3], [4]]
+    counts = coordinator.residency.counts()
+    assert (counts[Count.PREFETCH_USED], counts[Count.MISSES]) == (2, 3)
+    coordinator.residency.check_integrity()
+
+
 def test_depth_and_count_bound_the_prefetches() -> None:
     forecast = [[], [0, 1, 2], [3, 4, 5], [6, 7]]
     for depth, expected in ((1, 2), (2, 4), (3, 6)):
