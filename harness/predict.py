@@ -10,13 +10,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from harness.fitting.base import FitOptions, joined, routing_shape, rows_of, split
+from harness.fitting.base import FitOptions, joined, rows_of
+from harness.fitting.heldout import Parts, held_out
 from harness.measure.prediction import (
     MORE,
     Judge,
@@ -32,22 +33,13 @@ from harness.measure.replay import PREDICTORS, Schedule, Setting, artifacts_by_k
 from harness.report.predictors import predictors_text
 from runtime.errors import UsageError, cli_main
 from runtime.files import write_atomic
-from runtime.predictors.artifact import read_artifact
 from runtime.predictors.base import Predictor
-from runtime.predictors.params import TRAINED
+from runtime.predictors.params import TRAINED, default_period
 from runtime.predictors.previous_token import PreviousToken
 from runtime.trace import RoutingTrace, read_trace
 
 CONTROL, ALL_EXPERTS = "zero_staleness", "all_experts"
 _PER_TOKEN = ["recall_at_k", "recall_at_k_plus_3", "precision", "coverage"]
-
-
-class Parts(NamedTuple):
-    """The tokens that predictors are judged on, those of other requests, and why these."""
-
-    judged: RoutingTrace
-    past: RoutingTrace
-    reason: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,25 +107,8 @@ def _names(arguments: argparse.Namespace, trace: RoutingTrace, artifacts: Mappin
 
 
 def _parts(trace: RoutingTrace, artifacts: Mapping[str, str], arguments: argparse.Namespace) -> Parts:
-    held = {
-        kind: set(requests)
-        for kind, path in artifacts.items()
-        if (requests := read_artifact(path, shape=routing_shape(trace)).params.get("validation_requests"))
-    }
-    if held:
-        who, requests = " and ".join(held), set(trace.request.tolist())
-        if not all(of < requests for of in held.values()):
-            raise UsageError(f"{who}: trained on another trace than this one, or on several; give the same ones")
-        common = set.intersection(*held.values())
-        if not common:
-            raise UsageError(f"{who}: no request was held out from all of their trainings; judge them one by one")
-        is_held = np.isin(trace.request, list(common))
-        past, judged = rows_of(trace, ~is_held), rows_of(trace, is_held)
-        reason = f"those that {who} did not train on"
-    else:
-        options = FitOptions(validation_share=arguments.validation_share, seed=arguments.seed)
-        past, judged = split(trace, options)
-        reason = f"a share of {options.validation_share:g}, seed {options.seed}"
+    options = FitOptions(validation_share=arguments.validation_share, seed=arguments.seed)
+    judged, past, reason = held_out(trace, artifacts, options)
     rows = Schedule(judged, batch=1, max_tokens=arguments.max_tokens).passes
     return Parts(rows_of(judged, np.concatenate(rows)), past, reason)
 
@@ -171,7 +146,8 @@ def _counts(
 
 def _setting(name: str, artifacts: Mapping[str, str]) -> Setting:
     """Of its policy and slots nothing is used."""
-    return Setting("lru", 1, name, artifact=artifacts.get(name))
+    every, unit = default_period(name)
+    return Setting("lru", 1, name, every=every, every_unit=unit, artifact=artifacts.get(name))
 
 
 def _previous_token(trace: RoutingTrace) -> PreviousToken:

@@ -15,11 +15,14 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from harness.fitting.base import FitOptions
+from harness.fitting.heldout import held_out
 from harness.measure.replay import PREDICTORS, ReplayResult, Schedule, Setting, Timing, artifacts_by_kind, replay
 from runtime.cache.policies import ORACLE, POLICIES
 from runtime.errors import UsageError, cli_main
 from runtime.files import write_atomic
 from runtime.machine import parse_bytes
+from runtime.predictors.params import default_period
 from runtime.trace import RoutingTrace, read_trace
 
 ALL_POLICIES = (*POLICIES, ORACLE)
@@ -37,6 +40,8 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_counts(arguments)
     trace = read_trace(arguments.trace)
     settings = _settings(arguments, trace)
+    if arguments.held_out:
+        trace = held_out(trace, artifacts_by_kind(arguments.artifact, trace), FitOptions()).judged
     timing = _timing(arguments, trace)
     schedule = Schedule(trace, batch=arguments.batch, max_tokens=arguments.max_tokens)
     results = []
@@ -87,14 +92,19 @@ def _settings(arguments: argparse.Namespace, trace: RoutingTrace) -> list[Settin
             predictor,
             arguments.depth,
             arguments.count,
-            arguments.every,
-            arguments.every_unit,
+            *_period(arguments, predictor),
             artifacts.get(predictor),
             arguments.adaptive,
         )
         for count, policy, predictor in itertools.product(slots, policies, predictors)
         if policy != ORACLE or predictor == "none" or len(predictors) == 1
     ]
+
+
+def _period(arguments: argparse.Namespace, predictor: str) -> tuple[int, str]:
+    """Units between two predictions, and the unit."""
+    every, unit = default_period(predictor)
+    return arguments.every or every, arguments.every_unit or unit
 
 
 def _slots(text: str, num_experts: int) -> int:
@@ -156,10 +166,17 @@ def _parser() -> argparse.ArgumentParser:
         "--depth", type=int, default=1, help="layers ahead that are prefetched for; 0: none (%(default)s)"
     )
     parser.add_argument("--count", type=int, default=2, help="experts prefetched per layer and token (%(default)s)")
-    parser.add_argument("--every", type=int, default=1, help="steps that a forecast is reused for (%(default)s)")
-    parser.add_argument("--every-unit", choices=("step", "prompt"), default="step", help="of --every (%(default)s)")
+    parser.add_argument("--every", type=int, help="steps that a forecast is reused for (1; periodic: 40 prompts)")
+    parser.add_argument(
+        "--every-unit",
+        choices=("step", "prompt"),
+        help="of --every; only periodic counts prompts, and does unless told",
+    )
     parser.add_argument("--adaptive", action="store_true", help="--depth is the most; how far to look is learned")
     parser.add_argument("--artifact", type=Path, action="append", default=[], help="trained predictor (harness.fit)")
+    parser.add_argument(
+        "--held-out", action="store_true", help="only requests that no --artifact was trained on (else a fifth of all)"
+    )
     parser.add_argument("--batch", type=int, help="requests decoded together; default: the passes of the recorded run")
     parser.add_argument("--max-tokens", type=int, help="stop after about that many tokens")
     parser.add_argument("--bandwidth", default="3GB", help="bytes per second of the link (%(default)s)")

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tiny import EXPERTS, LAYERS, save_tiny
 
 import runtime
+from harness.fitting.base import FitOptions, split
 from harness.measure.replay import (
     RecordedLookahead,
     Schedule,
@@ -183,6 +184,17 @@ def test_the_table_the_csv_and_the_plot(trace_file: Path, tmp_path: Path, capsys
     assert "belady" in table and "100%" in table
     assert len(csv.read_text().splitlines()) == 1 + 3 * (len(POLICIES) + 1)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_held_out_requests_are_those_that_a_training_would_hold_out(
+    trace_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--trace", str(trace_file), "--policy", "lru", "--slots", "6", "--json"]
+    assert main([*arguments, "--held-out"]) == 0
+    _, held = split(read_trace(trace_file), FitOptions())
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == held.num_tokens < 50
+    assert found["hits"] == replay(Schedule(held), Setting("lru", 6), TIMING).cache.num_hits
 
 
 @pytest.mark.parametrize(
