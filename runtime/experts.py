@@ -63,6 +63,7 @@ class _Numerics(NamedTuple):
 _EAGER_NUMERICS: dict[str, _Numerics] = {
     "NemotronHExperts": _Numerics(accumulate=lambda hidden, weights: weights.dtype),
     "Inkling2Experts": _Numerics(accumulate=lambda hidden, weights: torch.float32),
+    "Inkling2LoopExperts": _Numerics(accumulate=lambda hidden, weights: torch.float32),
     "OpenAIPrivacyFilterExperts": _Numerics(accumulate=lambda hidden, weights: torch.float32, compute=torch.float32),
 }
 
@@ -176,10 +177,6 @@ class RowKernel(Kernel):
         self._flat = index.reshape(-1).cpu().numpy()
         self._rows: torch.Tensor | None = None
 
-    def _positions(self, expert: int) -> npt.NDArray[np.int64]:
-        """The rows of `expert`, ascending."""
-        return np.flatnonzero(self._flat == expert)
-
     @property
     def _has_default_gate(self) -> bool:
         """The gate reads rows of two halves, so that torch's loops go row by row."""
@@ -214,9 +211,19 @@ class GroupedKernel(RowKernel):
     than in a call of its own rows, that call is imitated.
     """
 
+    @cached_property
+    def _sorted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The experts of all rows, ascending, and the rows, as transformers' sort leaves them.
+
+        That sort is not stable, and MKL and torch's loops round a row by its place among those of the call.
+        """
+        experts, rows = torch.sort(self.index.reshape(-1))
+        return experts.cpu().numpy(), rows.cpu().numpy()
+
     def add(self, arrivals: Sequence[Arrival]) -> None:
+        experts, rows = self._sorted
         for expert, weights in arrivals:
-            positions = self._positions(expert)
+            positions = rows[slice(*np.searchsorted(experts, [expert, expert + 1]))]
             tokens = torch.from_numpy(positions // self.index.shape[-1]).to(self.hidden.device)
             activate = partial(self._activate_among, expert)
             self._put(positions, self._feed_forward(self.hidden[tokens], weights, self._linear, activate))
@@ -225,7 +232,7 @@ class GroupedKernel(RowKernel):
         """Activate the rows of `expert` as transformers' call does, where they stand among those of all experts."""
         if self._rows_are_independent(x) or x.device.type != "cpu" or not self.module.has_gate:
             return self._activate(x)
-        start = int((self._flat < expert).sum())
+        start = int(np.searchsorted(self._sorted[0], expert))
         if self._has_default_gate:
             return self._activate_in_parts(start, x)
         among = x.new_zeros(self._flat.size, x.shape[-1])
@@ -265,7 +272,7 @@ class GemvKernel(RowKernel):
 
     @cached_property
     def _places(self) -> dict[int, list[int]]:
-        """The rows of every expert, ascending: what `_positions` finds for one, as lists."""
+        """The rows of every expert, ascending."""
         places: dict[int, list[int]] = {}
         for place, expert in enumerate(self._flat.tolist()):
             places.setdefault(expert, []).append(place)
@@ -304,17 +311,25 @@ class GemvKernel(RowKernel):
 KERNELS: dict[str, type[Kernel]] = {"eager": EagerKernel, "grouped_mm": GroupedKernel, "gemv": GemvKernel}
 
 
+Reroute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Another choice [T, K] and weights [T, K] for what a router gave: (hidden [T, H], index [T, K], weights [T, K])."""
+
+
 class LayerRunner:
     """One experts module served from a source. `kernel` says which kernel the running pass uses.
 
-    `observers` are told each router's choice [T, K] and weights [T, K].
+    `observers` are told each router's choice [T, K] and weights [T, K]. `reroute`, where there is one, replaces both
+    before anything else.
     """
 
     def __init__(self, module: Any, source: ExpertSource, kernel: Callable[[], type[Kernel]]) -> None:
         self.module, self.source, self.kernel = module, source, kernel
         self.observers: list[Callable[[npt.NDArray[np.int64], torch.Tensor], None]] = []
+        self.reroute: Reroute | None = None
 
     def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self.reroute is not None:
+            index, weights = self.reroute(hidden, index, weights)
         choice = index.cpu().numpy()
         for observer in self.observers:
             observer(choice, weights)

@@ -12,6 +12,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -113,8 +114,8 @@ def checkpoint_files(model: str) -> tuple[Path, ...]:
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a checkpoint says it is of, else the one that transformers would choose for its configuration."""
     for name in getattr(config, "architectures", None) or ():
-        module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-        found: type[PreTrainedModel] | None = getattr(transformers, name, None) or getattr(module, name, None)
+        found: type[PreTrainedModel] | None = getattr(transformers, name, None)
+        found = found or getattr(_modeling_module(config), name, None)
         if found is not None:
             return found
     for auto in (AutoModelForCausalLM, AutoModel):
@@ -122,6 +123,17 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
             chosen: Any = auto._model_mapping[type(config)]
             return chosen[0] if isinstance(chosen, tuple) else chosen  # type: ignore[no-any-return]
     raise UnsupportedModelError(f"transformers {transformers.__version__} has no model for {type(config).__name__}")
+
+
+def _modeling_module(config: PreTrainedConfig) -> ModuleType | None:
+    """The modeling file beside the configuration's; None where a class of another family computes the model."""
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None
 
 
 def load_offloaded(model: str, *, dtype: torch.dtype | str = "auto") -> LoadedModel:

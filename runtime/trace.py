@@ -305,7 +305,8 @@ class TraceRecorder:
         running = self._passes[-1]
         if layer in running.layers or not 0 <= layer < self._num_layers:
             raise TraceError(
-                f"record: layer {layer} was recorded in this pass already, or is none of {self._num_layers}"
+                f"record: layer {layer} is none of {self._num_layers}, or ran before in this pass; "
+                "the routing of a model that runs its layers several times per pass cannot be recorded"
             )
         for name, array in (("experts", experts), ("weights", weights), ("predicted", predicted)):
             if array is not None:

@@ -18,6 +18,7 @@ import transformers
 from family_configs import SMALL, Config, Row
 from family_rows import ROWS, UNDECORATED_ROWS
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _MODELS = Path(transformers.__file__).parent / "models"
 _EXPERT_STD = 0.2
@@ -30,8 +31,7 @@ class Family(Row):
 
     def build(self, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
         """The model in eval mode, its tensors in the dtypes that `from_pretrained(..., dtype=dtype)` gives them."""
-        modeling = importlib.import_module(f"transformers.models.{self.name}.modeling_{self.name}")
-        model_class: type[PreTrainedModel] = getattr(modeling, self.model)
+        model_class = _model_class(self.name, self.model)
         config = _build_config(self.name, self.config)
         config.architectures = [self.model]
         with torch.random.fork_rng(devices=[]):
@@ -66,6 +66,12 @@ def realign(model: PreTrainedModel) -> PreTrainedModel:
 def is_decorated(module: torch.nn.Module) -> bool:
     """Whether the module's class carries `use_experts_implementation`, told by what the decorator sets."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
+def _model_class(family: str, name: str) -> type[PreTrainedModel]:
+    """Some families have a configuration only, and are computed by another family's class."""
+    found: type[PreTrainedModel] | None = getattr(transformers, name, None)
+    return found or getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
 
 
 def _build_config(family: str, config: Config) -> PreTrainedConfig:
@@ -103,9 +109,21 @@ def _randomise_expert_ids(tensor: torch.Tensor, config: PreTrainedConfig) -> Non
 
 @cache
 def decorated_families() -> set[str]:
-    """Model directories of the installed transformers with a class that `use_experts_implementation` decorates."""
+    """Model directories of the installed transformers with a class that `use_experts_implementation` decorates.
+
+    With them those that have a configuration only, and are computed by a class of one of these.
+    """
     decorator = re.compile(r"^@use_experts_implementation\b", re.MULTILINE)
-    return {path.parent.name for path in _MODELS.glob("*/modeling_*.py") if decorator.search(path.read_text("utf-8"))}
+    own = {path.parent.name for path in _MODELS.glob("*/modeling_*.py") if decorator.search(path.read_text("utf-8"))}
+    return own | {family for family, lender in _borrowers().items() if lender in own}
+
+
+def _borrowers() -> dict[str, str]:
+    """Model directories without a model, and the directory of the causal language model that computes them."""
+    found = {path.parent.name for path in _MODELS.glob("*/configuration_*.py")}
+    found -= {path.parent.name for path in _MODELS.glob("*/modeling_*.py")}
+    names = {family: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) for family in found}
+    return {family: getattr(transformers, name).__module__.split(".")[-2] for family, name in names.items() if name}
 
 
 FAMILIES: tuple[Family, ...] = tuple(Family(**vars(row)) for row in ROWS if row.name in decorated_families())

@@ -37,6 +37,7 @@ class Row:
 # shows. Top-3, because a sum of two is the same in either order and would hide an error in the order of accumulation.
 SMALL: dict[str, Any] = {
     "vocab_size": 128,
+    "unpadded_vocab_size": 120,
     "hidden_size": 32,
     "intermediate_size": 40,
     "moe_intermediate_size": 24,
@@ -111,6 +112,15 @@ INKLING = {
     "d_rel": 8,
     "rel_extent": 16,
     "logits_mup_width_multiplier": 1.0,
+}
+# Two passes over the second and third of four layers.
+INKLING_LOOP = {
+    "num_hidden_layers": 4,
+    "n_layers_per_attn_res_block": 1,
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 3,
+    "loop_num_passes": 2,
+    "loop_gate_rank": 8,
 }
 JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0}
 MUSE_AUDIO = {"hidden_sizes": (8,) * 4, "depths": (1,) * 4, "num_hidden_layers": 4}

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 import runtime
 from runtime.build import ModelFacts, describe, top_k_of
 from runtime.engine import Engine
-from runtime.errors import UnsupportedModelError
+from runtime.errors import TraceError, UnsupportedModelError
 from runtime.experts import KERNELS as KERNEL_CLASSES
+from runtime.model import model_class
 from runtime.vocabulary import Phase
 
 KERNELS = ("eager", "grouped_mm", "gemv")
@@ -107,6 +108,28 @@ def test_families_without_the_experts_interface_are_refused_by_name(family: Fami
     with pytest.raises(UnsupportedModelError, match=r"does not use transformers' experts interface") as refusal:
         runtime.load(tmp_path)
     assert family.build(torch.float32).config.model_type in str(refusal.value)
+
+
+def test_routing_of_layers_that_run_several_times_per_pass_is_not_recorded(tmp_path: Path) -> None:
+    family = next((family for family in FAMILIES if family.name == "inkling2_loop"), None)
+    if family is None:
+        pytest.skip("this transformers has no family that loops layers yet")
+    family.build(torch.float32).save_pretrained(tmp_path)
+    with runtime.load(tmp_path, overrides={"cache.slots": 4}) as engine:
+        engine.start_trace()
+        with pytest.raises(TraceError, match="several times per pass"):
+            _outputs(engine.model, family)
+        engine.check_integrity()
+
+
+@pytest.mark.parametrize("named", ["Glm4MoeForCausalLM", "SarvamMoEForCausalLM", None])
+def test_a_family_without_a_class_is_computed_by_the_one_that_transformers_chooses(named: str | None) -> None:
+    family = next((family for family in FAMILIES if family.name == "sarvam_moe"), None)
+    if family is None:
+        pytest.skip("this transformers has no such family yet")
+    config = family.build(torch.float32).config
+    config.architectures = named and [named]
+    assert model_class(config).__name__ == "Glm4MoeForCausalLM"
 
 
 def test_top_k_is_known_for_every_family_that_generates() -> None:
