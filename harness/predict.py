@@ -108,7 +108,7 @@ def _names(arguments: argparse.Namespace, trace: RoutingTrace, artifacts: Mappin
 
 def _parts(trace: RoutingTrace, artifacts: Mapping[str, str], arguments: argparse.Namespace) -> Parts:
     options = FitOptions(validation_share=arguments.validation_share, seed=arguments.seed)
-    judged, past, reason = held_out(trace, artifacts, options)
+    judged, past, reason = held_out(trace, {} if arguments.unseen else artifacts, options)
     rows = Schedule(judged, batch=1, max_tokens=arguments.max_tokens).passes
     return Parts(rows_of(judged, np.concatenate(rows)), past, reason)
 
@@ -196,6 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--predictor", help=f"of {', '.join(PREDICTORS)}; default: all that the trace allows")
     parser.add_argument(
         "--artifact", type=Path, action="append", default=[], help="a trained predictor; its held-out requests are used"
+    )
+    parser.add_argument(
+        "--unseen", action="store_true", help="the predictors were trained on other traces: judge them across domains"
     )
     parser.add_argument("--depth", type=int, default=1, help="layers ahead that are forecast (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="requests together in the batch figures (%(default)s)")

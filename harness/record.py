@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.errors import UsageError, cli_main
 
 if TYPE_CHECKING:
-    from harness.measure.workload import Part
+    from harness.measure.workload import Part, Passage
     from runtime.engine import Engine
     from runtime.profile import Profile
     from runtime.prompts import PromptRequest
@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 _PARTS: dict[str, Part | None] = {"search": "search", "confirm": "confirm", "all": None}
-_TEXT_ONLY = ("workload", "part", "prompt_tokens", "output_tokens", "prefill")
+_TEXT_ONLY = ("workload", "part", "task", "prompt_tokens", "output_tokens", "prefill")
 _LEAST = {"max_tokens": 2, "prompt_tokens": 2, "output_tokens": 1, "generate": 1, "batch": 1, "lookahead": 0}
 
 
@@ -148,7 +148,7 @@ def _from_text(arguments: argparse.Namespace, target: Target) -> tuple[list[Prom
         raise UsageError(
             f"{prompt_tokens} prompt tokens and {output_tokens} more are above the {context} of the model's context"
         )
-    chosen = passages(workload, _PARTS[part])
+    chosen = _of_tasks(passages(workload, _PARTS[part]), arguments.task)
     found = text_requests(chosen, _tokenizer(target), prompt_tokens=prompt_tokens, output_tokens=output_tokens)
     if not found:
         raise UsageError(f"the workload {workload.name} has no text of 2 tokens or more in its part {part!r}")
@@ -158,6 +158,15 @@ def _from_text(arguments: argparse.Namespace, target: Target) -> tuple[list[Prom
         "workload": {"name": workload.name, "sha256": workload.sha256, "part": part},
     }
     return found, source if arguments.workload else {**source, "licence": DEMO_LICENCE}
+
+
+def _of_tasks(found: list[Passage], wanted: str | None) -> list[Passage]:
+    if wanted is None:
+        return found
+    known, names = sorted({passage.task for passage in found}), wanted.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"--task {unknown[0]!r}: no text of that task here; there is {', '.join(known)}")
+    return [passage for passage in found if passage.task in names]
 
 
 def _context(target: Target) -> int | None:
@@ -255,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("search", "confirm", "all"),
         help="which passages (search); harness.tune confirms on the rest",
     )
+    parser.add_argument("--task", metavar="NAME,…", help="only the passages of these tasks")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help=f"of each text, prefilled ({PROMPT_TOKENS})")
     parser.add_argument("--output-tokens", type=int, metavar="N", help=f"of each text, decoded ({OUTPUT_TOKENS})")
     parser.add_argument(

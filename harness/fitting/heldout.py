@@ -42,7 +42,9 @@ def held_out(trace: RoutingTrace, artifacts: Mapping[str, str], options: FitOpti
         return Parts(judged, past, f"a share of {options.validation_share:g}, seed {options.seed}")
     who, requests = " and ".join(held), set(trace.request.tolist())
     if not all(of < requests for of in held.values()):
-        raise UsageError(f"{who}: trained on another trace than this one, or on several; give the same ones")
+        raise UsageError(
+            f"{who}: trained on another trace than this one, or on several; give the same ones, or --unseen"
+        )
     common = set.intersection(*held.values())
     if not common:
         raise UsageError(f"{who}: no request was held out from all of their trainings; judge them one by one")

@@ -323,6 +323,15 @@ def test_artifacts_that_do_not_go_with_the_trace(
     assert message in capsys.readouterr().err
 
 
+def test_across_domains_a_predictor_is_judged_on_a_trace_that_it_was_not_trained_on(
+    trace_file: Path, tmp_path: Path, read: Reader
+) -> None:
+    other = _artifact(tmp_path / "one", "routing_path", [9])
+    arguments = ["--trace", trace_file, "--predictor", "previous_token"]
+    across = read(*arguments, "--artifact", other, "--unseen")
+    assert across["previous_token"] == read(*arguments)["previous_token"]
+
+
 def test_artifacts_without_a_common_held_out_request(
     trace_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

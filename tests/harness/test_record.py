@@ -13,6 +13,7 @@ import torch
 import runtime
 from harness import record, simulate
 from harness.measure import recording
+from harness.measure.runner import Decoder
 from runtime.trace import NO_PREDICTION, RoutingTrace, read_trace
 from runtime.vocabulary import Phase
 
@@ -52,9 +53,9 @@ def _by_hand(model: Path, ids: list[int], prompt_tokens: int) -> tuple[np.ndarra
     with runtime.load_reference(model) as engine, torch.inference_mode():
         engine.observe_routing(lambda layer, choice, weights: chosen.setdefault(layer, []).append(choice.copy()))
         engine.observe_routing(lambda layer, _, weights: weighed.setdefault(layer, []).append(weights.float().numpy()))
-        cache = engine.model(torch.tensor([ids[:prompt_tokens]])).past_key_values
-        for token in ids[prompt_tokens:]:
-            engine.model(torch.tensor([[token]]), past_key_values=cache)
+        decoder = Decoder(engine.model)
+        for part in (ids[:prompt_tokens], *([token] for token in ids[prompt_tokens:])):
+            decoder.step(part)
     joined = [np.stack([np.concatenate(kept[layer]) for layer in sorted(kept)], axis=1) for kept in (chosen, weighed)]
     return joined[0], joined[1]
 
@@ -106,6 +107,12 @@ def test_prefill_only(tiny_checkpoint: Path, workload: Path, tmp_path: Path) -> 
     assert trace.predicted is None
     assert trace.phase is not None and not trace.phase.any()
     assert trace.step is not None and trace.step.tolist() == [step for step in range(4) for _ in range(12)]
+
+
+def test_only_the_wanted_tasks(tiny_checkpoint: Path, workload: Path, tmp_path: Path) -> None:
+    arguments = ["--workload", workload, "--prefill", "--part", "all", "--task", "python", "--prompt-tokens", 9]
+    trace = _record(tiny_checkpoint, tmp_path / "t.npz", *arguments)
+    assert trace.meta["tasks"] == ["python", "python"] and "--task python" in trace.meta["command"]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +190,8 @@ def test_the_trace_replays_with_its_lookahead(
         (["--prompts", "prompts.jsonl", "--prefill"], "--prefill is about text"),
         (["--prompts", "prompts.jsonl", "--generate", "600"], "more than the 512"),
         (["--prompts", "prompts.jsonl", "--max-tokens", "2"], "--max-tokens 2 is less"),
+        (["--task", "latin"], "no text of that task here; there is"),
+        (["--prompts", "prompts.jsonl", "--task", "english"], "--task is about text"),
         (["--generate", "5"], "it needs --prompts"),
         (["--prefill", "--output-tokens", "5"], "--prefill rules out"),
         (["--prompt-tokens", "1"], "--prompt-tokens 1: at least 2"),
