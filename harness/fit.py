@@ -6,25 +6,30 @@ What is printed was reached on requests that it did not train on.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 
 from harness.fitting.base import Fit, FitOptions, FitResult, joined, routing_shape
-from runtime.errors import ArtifactError, UsageError, cli_main
-from runtime.predictors.artifact import RoutingShape, read_artifact, write_artifact
+from runtime.errors import UsageError, cli_main
+from runtime.predictors.artifact import RoutingShape, check_target, write_artifact
+from runtime.predictors.periodic import SENSITIVITY
 from runtime.trace import read_trace
+
+if TYPE_CHECKING:
+    from harness.fitting.sensitivity import Sensitivity
 
 # Imported when asked for: not all of them need torch.
 KINDS = {
     "activation_matrix": "harness.fitting.activation_matrix",
     "periodic": "harness.fitting.periodic",
     "routing_path": "harness.fitting.routing_path",
+    "sequence": "harness.fitting.sequence",
 }
 
 
@@ -37,13 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     options = _options(arguments)
     trace = joined([read_trace(path) for path in arguments.trace])
-    _check_out(arguments.out, arguments.kind, routing_shape(trace))
+    check_target(arguments.out, arguments.kind, routing_shape(trace))
+    measured = _sensitivity(arguments, routing_shape(trace), options)
     fit = cast(Fit, import_module(KINDS[arguments.kind]).fit)
     result = fit(trace, options, quiet=not sys.stderr.isatty())
-    try:
-        write_artifact(arguments.out, result.artifact)
-    except OSError as error:
-        raise ArtifactError(f"{arguments.out}: cannot write the predictor: {error.strerror or error}") from error
+    if measured:
+        params = {task: one.as_params() for task, one in measured.items()}
+        artifact = replace(result.artifact, params={**result.artifact.params, SENSITIVITY: params})
+        result = replace(result, artifact=artifact)
+    write_artifact(arguments.out, result.artifact)
     print(_text(result, arguments))
 
 
@@ -57,6 +64,11 @@ def _options(arguments: argparse.Namespace) -> FitOptions:
         raise UsageError(f"--validation-share {arguments.validation_share}: a share between 0 and 1 is needed")
     if arguments.seed < 0:
         raise UsageError(f"--seed {arguments.seed}: 0 or more is needed")
+    for name in ("sensitivity", "texts", "threshold"):
+        if getattr(arguments, name) is not None and (arguments.kind != "periodic" or not arguments.sensitivity):
+            raise UsageError(f"--{name}: how much routing matters to a task is measured by periodic --sensitivity only")
+    if arguments.threshold is not None and not 0 < arguments.threshold <= 1:
+        raise UsageError(f"--threshold {arguments.threshold}: a share of tokens above 0, up to 1, is needed")
     return FitOptions(
         validation_share=arguments.validation_share,
         seed=arguments.seed,
@@ -65,19 +77,24 @@ def _options(arguments: argparse.Namespace) -> FitOptions:
     )
 
 
-def _check_out(out: Path, kind: str, shape: RoutingShape) -> None:
-    """Before minutes of training: the file can be written, and replaces nothing but an earlier one of its kind."""
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {out}: {folder} is not a folder that can be written to; name another")
-    if not out.exists():
-        return
-    try:
-        read_artifact(out, kind=kind, shape=shape)
-    except ArtifactError:
-        raise UsageError(
-            f"--out {out}: exists, and is not a {kind} predictor for a model of this shape; delete it or name another"
-        ) from None
+def _sensitivity(
+    arguments: argparse.Namespace, shape: RoutingShape, options: FitOptions
+) -> Mapping[str, Sensitivity] | None:
+    """By task, where it is asked for; what was measured is printed."""
+    if not arguments.sensitivity:
+        return None
+    from harness.fitting.sensitivity import THRESHOLD, sensitivity_of, sensitivity_text
+
+    found = sensitivity_of(
+        arguments.sensitivity,
+        arguments.texts,
+        shape,
+        options,
+        threshold=arguments.threshold or THRESHOLD,
+        quiet=not sys.stderr.isatty(),
+    )
+    print(f"{sensitivity_text(found)}\n")
+    return found
 
 
 def _text(result: FitResult, arguments: argparse.Namespace) -> str:
@@ -105,6 +122,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=defaults.threads, help="of the CPU (%(default)s)")
     parser.add_argument(
         "--validation-share", type=float, default=defaults.validation_share, help="of the requests (%(default)s)"
+    )
+    parser.add_argument(
+        "--sensitivity",
+        metavar="CHECKPOINT",
+        help="periodic: measure with the model which layers' routing does not matter to which task",
+    )
+    parser.add_argument(
+        "--texts", type=Path, help='of --sensitivity: JSON lines {"task", "text"}; default: held-out text of the demo'
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="of --sensitivity: agreement from which on a layer does not matter (0.85)"
     )
     return parser
 

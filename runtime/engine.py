@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,9 +16,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime import machine
-from runtime.experts import Kernel, LayerRunner
+from runtime.errors import UsageError
+from runtime.experts import Kernel, LayerRunner, Reroute
 from runtime.passes import PassTracker
 from runtime.pool import Pool
+from runtime.predictors.artifact import Artifact, check_target, write_artifact
 from runtime.profile import Profile
 from runtime.telemetry import EngineStats, engine_stats
 from runtime.trace import RoutingTrace, TraceRecorder
@@ -40,7 +42,6 @@ class Engine:
     Attributes:
         model: an ordinary transformers model: `generate`, streaming, sampling, batches. It cannot be saved.
         profile: the configuration that runs, with every size resolved.
-        notes: one line for each thing that was decided or left out on loading.
         kernels: the kernel class of each phase; may be changed between passes.
         source: the checkpoint.
         passes: follows the model's forward passes.
@@ -63,13 +64,19 @@ class Engine:
         ranked_lookahead: Callable[[int], RankedLookahead | str],
     ) -> None:
         self.model, self.profile, self.source, self.kernels = model, profile, source, kernels
-        self.notes, self.needed_loads = tuple(notes), needed_loads
+        self._notes, self.needed_loads = tuple(notes), needed_loads
         self._runners, self._pools, self.passes = tuple(runners), tuple(pools), passes
         self._expert_bytes, self._ranked_lookahead = expert_bytes, ranked_lookahead
         self._recorder: TraceRecorder | None = None
         self._stop_trace: Callable[[], None] = lambda: None
         self._num_passes = self._num_tokens = 0
         self.on_pass(self._count)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One line for each thing that was decided or left out, on loading or since."""
+        verdicts = [pool.coordinator.governor.verdict for pool in self._pools]
+        return (*self._notes, *(verdict for verdict in verdicts if verdict is not None))
 
     @property
     def num_pools(self) -> int:
@@ -103,6 +110,19 @@ class Engine:
         finally:
             for runner in self._runners:
                 runner.module._expertflow = runner
+
+    @contextmanager
+    def rerouted(self, reroutes: Mapping[int, Reroute]) -> Iterator[None]:
+        """Passes in which the choice of the routers of these layers (from 0) is replaced."""
+        runners = {self._runners[layer]: reroute for layer, reroute in reroutes.items()}
+        before = {runner: runner.reroute for runner in runners}
+        for runner, reroute in runners.items():
+            runner.reroute = reroute
+        try:
+            yield
+        finally:
+            for runner, own in before.items():
+                runner.reroute = own
 
     @property
     def routing_shape(self) -> tuple[int, int]:
@@ -145,7 +165,7 @@ class Engine:
         self._stop_trace()
         ranked = self._ranked_lookahead(lookahead) if lookahead else None
         if isinstance(ranked, str):
-            self.notes += (f"no gate lookahead is recorded: {ranked}",)
+            self._notes += (f"no gate lookahead is recorded: {ranked}",)
             ranked = None
         facts = {"model": checkpoint_name(self.source), "expert_bytes": self._expert_bytes}
         recorder = TraceRecorder(*self.routing_shape, {**facts, **(meta or {})})
@@ -164,6 +184,44 @@ class Engine:
         """The routing recorded since `start_trace`, which must have been called."""
         assert self._recorder is not None, "start_trace() was not called"
         return self._recorder.trace()
+
+    def predictor_file(self, path: str | Path | None = None) -> Path:
+        """Where `save_predictor` writes: `path`, else to the profile's `predictor.artifact`.
+
+        Raises:
+            UsageError: the predictor learns nothing while running, or no file is named.
+            ArtifactError: the file cannot be written, or is something else that would be lost.
+        """
+        learned = self._learned()
+        named = path or self.profile.predictor.artifact
+        if named is None:
+            raise UsageError("no file to save the predictor to: name one, or set predictor.artifact in the profile")
+        check_target(named, learned.kind, learned.shape)
+        return Path(named)
+
+    def save_predictor(self, path: str | Path | None = None) -> Path:
+        """Write what the predictor has learned so far to `predictor_file(path)`, wholly or not at all.
+
+        An engine whose `predictor.artifact` names that file starts with it. Call it between passes.
+
+        Raises:
+            UsageError, ArtifactError: see `predictor_file`.
+        """
+        file = self.predictor_file(path)
+        write_artifact(file, self._learned())
+        return file
+
+    def _learned(self) -> Artifact:
+        if len(self._pools) > 1:
+            raise UsageError("a predictor cannot be saved for a model with several expert shapes")
+        model = checkpoint_name(self.source)
+        for pool in self._pools:
+            if (learned := pool.coordinator.predictor.artifact(model)) is not None:
+                return learned
+        raise UsageError(
+            f"predictor {self.profile.predictor.kind!r} learns nothing here that could be saved: "
+            "activation_matrix does, while something goes by it (prefetch.depth or the policy)"
+        )
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the cache's bookkeeping contradicts itself."""

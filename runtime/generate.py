@@ -41,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile key")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the routing as a trace (.npz)")
+    parser.add_argument(
+        "--save-predictor",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="keep what the predictor learns for the next start; default file: the profile's predictor.artifact",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per text instead of text")
     return parser
 
@@ -75,16 +82,26 @@ def _run(options: argparse.Namespace) -> None:
         overrides["scheduler.kind"] = options.scheduler
     requests = _requests(options, prompts) if prompts else []
     with load(source, model, overrides=overrides) as engine:
-        for note in () if options.json else engine.notes:
-            print(f"note: {note}", file=sys.stderr)
+        told = _tell(engine.notes, options)
+        saved_to = None if options.save_predictor is None else engine.predictor_file(options.save_predictor or None)
         if options.trace:
             engine.start_trace()
         if requests:
             _generate_all(engine, requests, options)
         else:
             _generate_one(engine, options)
+        _tell(engine.notes[told:], options)
         if options.trace:
             write_trace(options.trace, engine.trace())
+        if saved_to:
+            engine.save_predictor(saved_to)
+
+
+def _tell(notes: Sequence[str], options: argparse.Namespace) -> int:
+    """Print `notes` for people; returns how many there are."""
+    for note in () if options.json else notes:
+        print(f"note: {note}", file=sys.stderr)
+    return len(notes)
 
 
 def _requests(options: argparse.Namespace, prompts: Sequence[Prompt]) -> list[PromptRequest]:
@@ -119,7 +136,6 @@ def _requests(options: argparse.Namespace, prompts: Sequence[Prompt]) -> list[Pr
 
 def _generate_all(engine: Engine, requests: Sequence[PromptRequest], options: argparse.Namespace) -> None:
     """Run `requests` and print each as soon as it and all before it are complete."""
-    from runtime.build import build_scheduler
     from runtime.serving import run_batch
 
     done: dict[str, RequestResult] = {}
@@ -134,7 +150,6 @@ def _generate_all(engine: Engine, requests: Sequence[PromptRequest], options: ar
     run = run_batch(
         engine,
         requests,
-        build_scheduler(engine.profile),
         concurrency=options.concurrency,
         sample=options.sample,
         seed=options.seed,

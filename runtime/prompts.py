@@ -10,6 +10,7 @@ from typing import Any
 
 from runtime.errors import PromptError
 from runtime.schedulers.base import Request
+from runtime.tasks import DEFAULT, task_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PromptRequest:
     id: str
     prompt_ids: tuple[int, ...]
     max_new_tokens: int = 64
-    task: str = "default"
+    task: str = DEFAULT
     slo_s: float | None = None
     arrival_s: float = 0.0
     output_ids: tuple[int, ...] | None = None
@@ -122,7 +123,8 @@ class Served:
             prompt_tokens=len(self.request.prompt_ids),
             left_to_prefill=left_to_prefill,
             output_tokens=len(self.token_ids) + coming,
-            max_output_tokens=self.request.max_output_tokens,
+            # A replay's end is no more known beforehand than that of other texts.
+            max_output_tokens=max(self.request.max_output_tokens, self.request.max_new_tokens),
             slo_s=self.request.slo_s,
         )
 
@@ -146,7 +148,7 @@ class Prompt:
 
     id: str
     text: str
-    task: str = "default"
+    task: str = DEFAULT
     slo_s: float | None = None
     max_new_tokens: int | None = None
 
@@ -154,7 +156,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read JSON lines: `{"prompt", "id"?, "task"?, "slo_ms"?, "max_new_tokens"?}`; empty lines are skipped.
 
-    A prompt without an id is named by its line number.
+    A prompt without an id is named by its line number; one without a task has that of its keywords (`tasks.task_of`).
 
     Raises:
         PromptError: the file cannot be read or holds no prompt; a line is no such object or repeats an id.
@@ -197,7 +199,7 @@ def _prompt(line: str, number: int, where: str) -> Prompt:
     return Prompt(
         id=_name(found, "id", str(number), where),
         text=found["prompt"],
-        task=_name(found, "task", "default", where),
+        task=_name(found, "task", task_of(found["prompt"]), where),
         slo_s=None if slo_ms is None else slo_ms / 1e3,
         max_new_tokens=None if length is None else int(length),
     )

@@ -90,9 +90,17 @@ def model_name(trace: RoutingTrace) -> str:
 def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     """Several traces of one model as one: their requests and passes renumbered, fields that not all have left out.
 
+    Where nothing was decoded, it is taken as text to be decoded: what routers choose does not depend on that.
+
     Raises:
         TraceError: they are of different models, or of models of different shapes.
     """
+    joint = _joined(traces)
+    is_text = joint.phase is not None and not joint.phase.any()
+    return replace(joint, phase=None, step=None) if is_text else joint
+
+
+def _joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     first = traces[0]
     if len(traces) == 1:
         return first

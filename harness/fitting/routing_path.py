@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from harness.fitting.base import FitOptions, FitResult, model_name, routing_shape, split
-from harness.measure.prediction import MORE, Judge, Ranks, popularity_in, ratios
+from harness.fitting.figures import compared, rows_by_request
+from harness.measure.prediction import MORE
 from runtime.errors import TraceError
 from runtime.predictors.artifact import Artifact
 from runtime.predictors.params import RoutingPathParams
 from runtime.predictors.routing_path import Integers, RoutingPathNetwork, Sizes, Window, windows_of
-from runtime.trace import NO_PREDICTION, RoutingTrace
+from runtime.trace import RoutingTrace
 
 # The paper's grid search ended at hidden 32, feed-forward 2048. On the demo model's routing, after equal CPU time, that
 # gives recall@4 .78 and this .83: 32 numbers per token are too few to tell all heads which token it is.
@@ -34,7 +34,6 @@ _WEIGHT_DECAY = 1e-4
 _WARM_UP_STEPS = 100
 _EMBEDDING_STD = 0.1  # T5's own 1 drowns everything else for the first epochs
 _VALIDATION_WINDOWS = 512  # for early stopping; the figures are of all
-_TOGETHER = 8
 
 
 def fit(trace: RoutingTrace, options: FitOptions, *, quiet: bool) -> FitResult:
@@ -71,41 +70,7 @@ def evaluate(artifact: Artifact, train: RoutingTrace, held: RoutingTrace) -> dic
         logits = _logits(network, some)
         loss += _loss(logits, some).item() * len(logits) / held.num_tokens
         ranks[np.concatenate([example.places for example in some])] = logits.topk(num_ranks, dim=-1).indices.numpy()
-    return {"validation_loss": loss, **_compared(ranks, train, held)}
-
-
-def _compared(ranks: Ranks, train: RoutingTrace, held: RoutingTrace) -> dict[str, float]:
-    popularity = popularity_in(train)
-    judge = Judge(held, popularity, min(_TOGETHER, len(np.unique(held.request))))
-    own, previous, popular = (
-        ratios(judge.counts(of).sum().to_frame().T).iloc[0]
-        for of in (ranks, _previous(held), _popular(popularity, held))
-    )
-    figures = {
-        "recall_at_k": own["recall_at_k"],
-        "recall_at_k_of_previous_token": previous["recall_at_k"],
-        "recall_at_k_of_popularity": popular["recall_at_k"],
-        "recall_at_k_plus_3": own["recall_at_k_plus_3"],
-        "batch_recall": own["batch_recall"],
-        "batch_recall_of_popularity": own["batch_recall_of_popularity"],
-        "batch_recall_of_previous_token": previous["batch_recall"],
-        "batch_precision": own["batch_precision"],
-        "batch_precision_of_all_experts": own["batch_needed"] / held.num_experts,
-    }
-    return {name: float(value) for name, value in figures.items()}
-
-
-def _previous(trace: RoutingTrace) -> Ranks:
-    """What the token before in the same request chose; the first one has none."""
-    ranks = np.full(trace.experts.shape, NO_PREDICTION, np.uint16)
-    for rows in _rows_by_request(trace):
-        ranks[rows[1:]] = trace.experts[rows[:-1]]
-    return ranks
-
-
-def _popular(popularity: npt.NDArray[np.float32], trace: RoutingTrace) -> Ranks:
-    order = np.argsort(-popularity, axis=1, kind="stable")[:, : trace.top_k]
-    return np.broadcast_to(order.astype(np.uint16), trace.experts.shape)
+    return {"validation_loss": loss, **compared(ranks, train, held)}
 
 
 class _Request(NamedTuple):
@@ -124,15 +89,10 @@ class _Example(NamedTuple):
     experts: Integers
 
 
-def _rows_by_request(trace: RoutingTrace) -> list[Integers]:
-    order = np.argsort(trace.request, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(trace.request[order])) + 1)
-
-
 def _requests(network: RoutingPathNetwork, trace: RoutingTrace) -> list[_Request]:
     assert trace.token_ids is not None
     rows, experts = network.rows(trace.token_ids.astype(np.int64)), trace.experts
-    return [_Request(places, rows[places], experts[places].astype(np.int64)) for places in _rows_by_request(trace)]
+    return [_Request(places, rows[places], experts[places].astype(np.int64)) for places in rows_by_request(trace)]
 
 
 def _validation_examples(requests: Sequence[_Request]) -> list[_Example]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from harness.measure.replay import Schedule, pass_of
+from harness.measure.replay import Schedule
 from runtime.errors import UsageError
 from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
 from runtime.trace import NO_PREDICTION, RoutingTrace
@@ -91,7 +91,7 @@ def ranked(
     num_ranks = min(num_ranks, trace.num_experts)
     found = np.full((trace.num_tokens, trace.num_layers, num_ranks), NO_PREDICTION, np.uint16)
     for step, rows in enumerate(schedule.passes):
-        passing = pass_of(trace, step, rows)
+        passing = schedule.passing(step)
         chosen = trace.experts[rows].astype(np.int64)
         known = np.zeros((trace.num_layers, trace.num_experts), np.float32)
         predictor.begin(passing)

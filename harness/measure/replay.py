@@ -115,6 +115,7 @@ class Schedule:
 
     def __init__(self, trace: RoutingTrace, *, batch: int | None = None, max_tokens: int | None = None) -> None:
         self.trace = trace
+        self._decodes = batch is not None
         self.passes: list[Integers] = []
         self.num_tokens = 0
         for rows in _recorded_passes(trace) if batch is None else _batched_passes(trace, batch):
@@ -122,6 +123,15 @@ class Schedule:
                 break
             self.passes.append(rows)
             self.num_tokens += len(rows)
+
+    def passing(self, step: int) -> Pass:
+        """Pass `step`, as predictors see it. Batches are decoded, however their tokens were recorded."""
+        trace, rows = self.trace, self.passes[step]
+        is_decode = self._decodes or trace.phase is None or bool(trace.phase[rows[0]])
+        ids = () if trace.token_ids is None else tuple(trace.token_ids[rows].tolist())
+        requests = tuple(trace.request[rows].tolist())
+        tasks = tuple(trace.task(request) for request in requests)
+        return Pass(Phase.DECODE if is_decode else Phase.PREFILL, len(rows), step, ids, requests, tasks)
 
     @cached_property
     def demands(self) -> Demands:
@@ -296,7 +306,7 @@ def _replay_with_predictor(
     starts, experts, tokens = (array.tolist() for array in schedule.demands)
     event = 0
     for step, rows in enumerate(schedule.passes):
-        passing = pass_of(trace, step, rows)
+        passing = schedule.passing(step)
         coordinator.begin(passing)
         for layer in range(trace.num_layers):
             part = slice(starts[event], starts[event + 1])
@@ -315,14 +325,6 @@ def _residency(trace: RoutingTrace, setting: Setting) -> Residency:
 
 def _expert_bytes(trace: RoutingTrace) -> int:
     return int(trace.meta.get("expert_bytes") or 0)
-
-
-def pass_of(trace: RoutingTrace, step: int, rows: Integers) -> Pass:
-    """The `rows` of a trace as the forward pass that predictors see."""
-    phase = Phase.DECODE if trace.phase is None else Phase(int(trace.phase[rows[0]]))
-    ids = () if trace.token_ids is None else tuple(trace.token_ids[rows].tolist())
-    requests = trace.request[rows].tolist()
-    return Pass(phase, len(rows), step, ids, tuple(requests), tuple(trace.task(request) for request in requests))
 
 
 def _result(

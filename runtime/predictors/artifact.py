@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,11 @@ class Artifact:
 
 
 def write_artifact(path: str | Path, artifact: Artifact) -> None:
-    """Write `artifact` to `path`, wholly or not at all."""
+    """Write `artifact` to `path`, wholly or not at all.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
     about = {
         "kind": artifact.kind,
         "model": artifact.model,
@@ -57,7 +62,30 @@ def write_artifact(path: str | Path, artifact: Artifact) -> None:
     }
     metadata = {"format": FORMAT, "version": str(VERSION), "about": json.dumps(about)}
     arrays = {name: np.ascontiguousarray(array) for name, array in artifact.arrays.items()}
-    write_atomic(Path(path), save(arrays, metadata))
+    try:
+        write_atomic(Path(path), save(arrays, metadata))
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot write the predictor: {error.strerror or error}") from error
+
+
+def check_target(path: str | Path, kind: str, shape: RoutingShape) -> None:
+    """Before minutes of work: an artefact can be written to `path`, and replaces only an earlier one of its kind.
+
+    Raises:
+        ArtifactError: it cannot, or would, and the way out.
+    """
+    path = Path(path)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{path}: {folder} is not a folder that can be written to; name another")
+    if not path.exists():
+        return
+    try:
+        read_artifact(path, kind=kind, shape=shape)
+    except ArtifactError:
+        raise ArtifactError(
+            f"{path}: exists, and is no {kind} predictor for a model of this shape; delete it or name another"
+        ) from None
 
 
 def read_artifact(
@@ -72,7 +100,8 @@ def read_artifact(
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
+            is_one = metadata.get("format") == FORMAT  # of other files numpy cannot read every dtype
+            arrays = {name: file.get_tensor(name) for name in file.keys()} if is_one else {}  # noqa: SIM118 -- not a dict
     except OSError as error:
         raise ArtifactError(f"{path}: cannot read the predictor: {error.strerror or error}") from error
     except SafetensorError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.predictors.artifact import Artifact
 from runtime.vocabulary import Pass
 
 Forecast = npt.NDArray[np.float32]
@@ -24,7 +25,8 @@ class Observation:
 
     Attributes:
         passing: the forward pass.
-        experts: int64 [tokens, top_k], the router's choice (indices within the layer), as the router ordered them.
+        experts: int64 [tokens, top_k], the router's choice (indices within the layer), as the router ordered them;
+            indices past the last expert mean none.
         hidden: the router's input [tokens, hidden], a tensor on the compute device; None where nobody asks for it,
             as in a replay.
     """
@@ -43,8 +45,8 @@ class Predictor(ABC):
     `forecast` returns belongs to the predictor and may change with its next call.
 
     Attributes:
-        by_likelihood: experts are to be prefetched in descending order of the forecast, whatever their layer, instead
-            of layer by layer in execution order.
+        by_likelihood: experts are to be prefetched in descending order of the forecast times the layer's proximity, 1
+            less layers ahead over layers in all (MoE-Infinity), instead of layer by layer in execution order.
         sees_next_pass: rows of the forecast up to the layer just routed are about the next pass; otherwise they mean
             nothing.
     """
@@ -66,6 +68,21 @@ class Predictor(ABC):
         Rows after `layer` are about this pass; for the others see `sees_next_pass`. None: no forecast (yet).
         """
 
+    def waits(self) -> Forecast | None:
+        """How long eviction may let go of each expert, float32 [layers, experts]; asked for after `forecast`.
+
+        Tokens expected until it is used again, counted from its layer's next turn: 0 where that turn will use it. Those
+        far ahead may count for less. Of requests decoded together, until any of them uses it. None: not known.
+        """
+        return None
+
+    def artifact(self, model: str) -> Artifact | None:
+        """What it has learned while running, to be made from again after a restart; None: it learns nothing to keep.
+
+        Called between passes, and changes nothing. `model` is the name of the model that runs.
+        """
+        return None
+
 
 class NoPredictor(Predictor):
     """Forecasts nothing: the floor that every predictor must beat."""
@@ -78,6 +95,7 @@ class NoPredictor(Predictor):
         return None
 
 
+@runtime_checkable
 class RoutePredictor(Protocol):
     """Knows the route of tokens before they are computed; what token schedulers ask."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,7 +20,7 @@ class ActivationMatrixParams(_Params):
 
     capacity: Annotated[int, Field(ge=1)] = 120
     """Activation matrices that the collection holds for each phase."""
-    matches: Annotated[int, Field(ge=1)] = 1
+    matches: Annotated[int, Field(ge=1)] = 3
     """Nearest matrices that are summed into a forecast."""
 
 
@@ -34,8 +34,9 @@ class RoutingPathParams(_Params):
 class PeriodicParams(_Params):
     """Of `periodic`."""
 
-    model: str = "sequence"
-    """`sequence`: the trained model of the artefact; `frequency`: decayed frequencies of past prompts, no training."""
+    model: Literal["auto", "sequence", "frequency"] = "auto"
+    """`sequence`: the trained model of the artefact; `frequency`: decayed frequencies of past prompts, no training;
+    `auto`: the first where there is an artefact, else the second."""
     skip_insensitive: bool = True
     """Forecast nothing for layers whose routing does not matter to the running tasks, as the artefact measured."""
 
@@ -47,7 +48,19 @@ PREDICTOR_PARAMS: dict[str, type[_Params]] = {
     "activation_matrix": ActivationMatrixParams,
     "routing_path": RoutingPathParams,
     "periodic": PeriodicParams,
+    "sequence": NoParams,
 }
 
-TRAINED: dict[str, bool] = {"activation_matrix": False, "routing_path": True, "periodic": False}
+_PERIODS: dict[str, tuple[int, str]] = {"periodic": (40, "prompt")}
+
+
+def default_period(kind: str) -> tuple[int, str]:
+    """How often a predictor predicts where nobody says, and the unit: `every` and `every_unit` of a profile."""
+    return _PERIODS.get(kind, (1, "step"))
+
+
+TRAINED: dict[str, bool] = {"activation_matrix": False, "routing_path": True, "periodic": False, "sequence": True}
 """Predictors that load an artefact, and whether they cannot do without."""
+
+LEARNING = frozenset({"activation_matrix"})
+"""Predictors whose artefact the engine itself writes (`Engine.save_predictor`): at the first start it is not there."""

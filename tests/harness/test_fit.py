@@ -66,7 +66,7 @@ def test_a_predictor_of_the_same_kind_is_replaced_and_nothing_else(
     assert _fit("--trace", path, "--out", out) == 2
     assert _fit("--trace", path, "--out", path) == 2
     assert out.read_bytes() == before
-    assert capsys.readouterr().err.count("is not a routing_path predictor") == 2
+    assert capsys.readouterr().err.count("is no routing_path predictor") == 2
 
 
 def test_the_same_seed_gives_the_same_predictor(path: Path) -> None:
