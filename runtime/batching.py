@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from transformers.generation.continuous_batching.scheduler import Scheduler as TransformersScheduler
 
 from runtime import machine
+from runtime.build import DEFAULT_CONTEXT
 from runtime.engine import Engine
 from runtime.errors import BudgetError
 from runtime.passes import Composition, PassTracker
@@ -32,7 +33,6 @@ NAME = "expertflow"
 
 PAGE_TOKENS = 16  # of the paged KV cache; small, since every request leaves half a page unused
 MASK_BYTES = 64 << 20  # of the attention mask [tokens of a pass, KV cache], which bounds the tokens of a pass
-DEFAULT_CONTEXT = 4096  # tokens of KV cache per request where the profile says nothing
 
 
 @dataclass(repr=False, eq=False)
@@ -182,7 +182,7 @@ class Sizes:
         """
         under_way = scheduler.group * scheduler.window
         if max_kv_tokens is None:
-            max_kv_tokens = _allowed_kv_tokens(engine, under_way)
+            max_kv_tokens = kv_tokens(engine) or under_way * _context(engine)
         # One more page than its tokens fill: transformers may take one ahead.
         pages = sorted((-(-request.max_tokens // PAGE_TOKENS) + 1 for request in requests), reverse=True)
         num_pages = min(sum(pages[:under_way]), max_kv_tokens // PAGE_TOKENS)
@@ -197,14 +197,16 @@ class Sizes:
         return cls(num_pages, max(pass_tokens, under_way), under_way)
 
 
-def _allowed_kv_tokens(engine: Engine, under_way: int) -> int:
-    """What the profile sets aside."""
-    profile = engine.profile
+def kv_tokens(engine: Engine) -> int | None:
+    """Tokens of KV cache that the profile sets memory aside for; None: it does not say, or their size is not known."""
     token_bytes = machine.kv_cache_bytes(engine.model.config, 1, 1, engine.model.dtype.itemsize)
-    if profile.cache.kv_bytes is not None and token_bytes:
-        return profile.cache.kv_bytes // token_bytes
-    context = profile.workload.context if profile.workload is not None else None
-    return under_way * (context or DEFAULT_CONTEXT)
+    kv_bytes = engine.profile.cache.kv_bytes
+    return kv_bytes // token_bytes if kv_bytes is not None and token_bytes else None
+
+
+def _context(engine: Engine) -> int:
+    workload = engine.profile.workload
+    return (workload.context if workload is not None else None) or DEFAULT_CONTEXT
 
 
 @contextmanager

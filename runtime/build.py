@@ -18,13 +18,13 @@ from runtime.cache.governor import Governor
 from runtime.cache.policies import FORESEEING
 from runtime.cache.residency import Residency
 from runtime.engine import Engine
-from runtime.errors import BudgetError, ProfileError
+from runtime.errors import BudgetError, ProfileError, UnsupportedModelError
 from runtime.experts import IMPLEMENTATION, KERNELS, ExpertSource, Kernel, LayerRunner, ResidentSource, register
 from runtime.model import LoadedModel, load_offloaded, load_resident, meta_model, routers_and_norms
 from runtime.passes import PassTracker
 from runtime.pool import OffloadedSource, Pool
 from runtime.predictors.artifact import RoutingShape
-from runtime.predictors.base import NoPredictor, Predictor
+from runtime.predictors.base import NoPredictor, Predictor, RoutePredictor
 from runtime.predictors.gate_lookahead import (
     GateLookahead,
     LookaheadRouter,
@@ -33,11 +33,13 @@ from runtime.predictors.gate_lookahead import (
     lookahead_router,
 )
 from runtime.predictors.make import PredictorSpec, make_predictor
-from runtime.profile import MachineFacts, ModelIdentity, Profile, load_profile, match_profile
+from runtime.predictors.params import LEARNING
+from runtime.profile import LOSSY, MachineFacts, ModelIdentity, Profile, load_profile, match_profile
 from runtime.schedulers.base import Scheduler
 from runtime.schedulers.deadline import Deadline
 from runtime.schedulers.fifo import Fifo
-from runtime.schedulers.route_overlap import RouteOverlap
+from runtime.schedulers.route_overlap import QUANTUM, RouteOverlap
+from runtime.substitute import PHASES, Substitution, substitution_of
 from runtime.transfer.disk import DiskTransfer
 from runtime.transfer.slots import SlotArena
 from runtime.transfer.store import ExpertLayer, ExpertStore
@@ -135,7 +137,9 @@ def load(
     needed: list[Load] | None = [] if record_loads else None
     pools, sources, predictor_notes = _build_pools(loaded, profile, facts, passes, needed)
     runners, kernels = _install(loaded, sources, profile, passes)
-    notes += [*clamped, *predictor_notes]
+    for runner, served_from in zip(runners, sources, strict=True):
+        runner.reroute = served_from.substitution
+    notes += [*clamped, *predictor_notes, *_lossy_notes(profile)]
     return Engine(
         loaded.model, profile, checkpoint, runners, kernels, passes, pools, notes, needed, **_for_traces(loaded)
     )
@@ -163,19 +167,39 @@ def load_reference(
     return Engine(loaded.model, profile, checkpoint, runners, kernels, passes, **_for_traces(loaded))
 
 
-SCHEDULERS: dict[str, Callable[[int, int], Scheduler]] = {
-    "fifo": Fifo,
-    "route_overlap": RouteOverlap,
-    "deadline": Deadline,
-}
+def build_scheduler(profile: Profile, max_kv_tokens: int | None = None) -> Scheduler:
+    """The scheduler that the profile names, new; for `serving.run_batch`.
 
-
-def build_scheduler(profile: Profile) -> Scheduler:
-    """The scheduler that the profile names, new; for `serving.run_batch`."""
+    Args:
+        max_kv_tokens: that the KV cache will hold; None: no limit is known.
+    """
     section = profile.scheduler
-    # A single batch leaves route_overlap nothing to choose between; ExpertFlow looks at two.
-    window = section.window or (2 if section.kind == "route_overlap" else 1)
-    return SCHEDULERS[section.kind](section.group, window)
+    if section.kind == "route_overlap":
+        # A single batch leaves it nothing to choose between; ExpertFlow looks at two.
+        return RouteOverlap(section.group, section.window or 2, section.quantum or QUANTUM)
+    if section.kind == "deadline":
+        return Deadline(section.group, section.window or 1, max_kv_tokens)
+    return Fifo(section.group, section.window or 1)
+
+
+def build_routes(engine: Engine) -> RoutePredictor | None:
+    """What predicts routes for a token scheduler: the trained `routing_path` of the engine's profile, if it has one."""
+    section = engine.profile.predictor
+    if section.kind != "routing_path" or section.artifact is None or engine.num_pools > 1:
+        return None
+    return route_predictor(engine, Path(section.artifact), section.params)
+
+
+def route_predictor(engine: Engine, artifact: Path, params: Mapping[str, Any] | None = None) -> RoutePredictor:
+    """A new routing path predictor: a scheduler's is asked in another thread than the one that prefetching goes by.
+
+    Raises:
+        ArtifactError: see `read_artifact`.
+    """
+    shape = RoutingShape(*engine.routing_shape, top_k_of(engine.model.config) or 1)
+    found = make_predictor(PredictorSpec("routing_path", artifact, params or {}), shape)
+    assert isinstance(found, RoutePredictor)
+    return found
 
 
 def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
@@ -300,8 +324,9 @@ def _build_pools(
         predictor, inputs, note = _build_predictor(loaded, layers, profile)
         pool = _build_pool(loaded, layers, max(1, int(total * share)), predictor, profile, facts, needed)
         passes.listeners.append(pool.coordinator.begin)
-        for turn, (index, router_input) in enumerate(zip(layers, inputs, strict=True)):
-            sources[index] = OffloadedSource(pool, turn, lambda: passes.current, router_input)
+        substitutions = _substitutions(loaded, layers, pool, profile, passes)
+        for turn, (index, router_input, substitution) in enumerate(zip(layers, inputs, substitutions, strict=True)):
+            sources[index] = OffloadedSource(pool, turn, lambda: passes.current, router_input, substitution)
         pools.append(pool)
         notes.extend(note)
     return pools, [sources[index] for index in range(len(loaded.layers))], notes
@@ -327,6 +352,7 @@ def _build_pool(
         governor=_governor(predictor, profile),
         prefetch_count=profile.prefetch.count,
         predict_every=profile.predictor.every if profile.predictor.kind != "periodic" else 1,
+        refreshes=profile.numerics in LOSSY,
         needed_loads=needed,
     )
     return Pool(store, arena, coordinator)
@@ -335,7 +361,43 @@ def _build_pool(
 def _governor(predictor: Predictor, profile: Profile) -> Governor:
     section = profile.prefetch
     depth = 0 if isinstance(predictor, NoPredictor) else section.depth
-    return Governor(depth, adaptive=section.adaptive, on_trial=section.on_trial)
+    # Where a miss is not loaded, a decode step is always faster without prefetch, and worse for every one.
+    on_trial = section.on_trial and profile.numerics not in LOSSY
+    return Governor(depth, adaptive=section.adaptive, on_trial=on_trial)
+
+
+def _substitutions(
+    loaded: LoadedModel, layers: list[int], pool: Pool, profile: Profile, passes: PassTracker
+) -> list[Substitution | None]:
+    """What reroutes each layer of a pool: nothing, unless the profile asks for it.
+
+    Raises:
+        UnsupportedModelError: its routers do not say what it takes.
+    """
+    if profile.numerics not in LOSSY:
+        return [None] * len(layers)
+    routers = _lookahead_routers(loaded, layers)
+    if isinstance(routers, str):
+        family = loaded.model.config.model_type
+        raise UnsupportedModelError(
+            f"numerics {profile.numerics} cannot be had for {family}: {routers}; set numerics: exact"
+        )
+    residency, phases = pool.coordinator.residency, PHASES[profile.numerics]
+    return [
+        substitution_of(router.module, residency, turn, lambda: passes.current.phase in phases)
+        for turn, router in enumerate(routers)
+    ]
+
+
+def _lossy_notes(profile: Profile) -> list[str]:
+    if profile.numerics not in LOSSY:
+        return []
+    evidence = profile.evidence
+    if evidence is None or evidence.kl_nats is None:
+        known = "by how much was not measured; python -m harness.quality does, and --write puts it into a profile"
+    else:
+        known = f"by {evidence.kl_nats:.4g} nats of KL divergence per token, as measured"
+    return [f"numerics {profile.numerics}: results differ from the exact model's, {known}"]
 
 
 def _build_predictor(
@@ -344,15 +406,19 @@ def _build_predictor(
     """The predictor of a pool, what to show it of each layer, and notes."""
     nothing: list[Callable[[], torch.Tensor | None]] = [lambda: None] * len(layers)
     section, num_experts = profile.predictor, loaded.layers[layers[0]].num_experts
-    if section.kind == "none" or (profile.prefetch.depth == 0 and profile.cache.policy not in FORESEEING):
+    is_asked = profile.prefetch.depth > 0 or profile.cache.policy in FORESEEING or profile.numerics in LOSSY
+    if section.kind == "none" or not is_asked:
         return NoPredictor(), nothing, []
     if section.kind != "gate_lookahead":
         if section.artifact is not None and len(layers) < len(loaded.layers):
             return NoPredictor(), nothing, [f"{section.kind} is not available for a model with several expert shapes"]
-        artifact = None if section.artifact is None else Path(section.artifact)
+        artifact, notes = None if section.artifact is None else Path(section.artifact), []
+        if artifact is not None and section.kind in LEARNING and not artifact.exists():
+            notes.append(f"{artifact} is not there yet: {section.kind} starts with nothing learned")
+            artifact = None
         shape = RoutingShape(len(layers), num_experts, top_k_of(loaded.model.config) or 1)
         spec = PredictorSpec(section.kind, artifact, section.params, section.every, section.every_unit)
-        return make_predictor(spec, shape), nothing, []
+        return make_predictor(spec, shape), nothing, notes
     found = _lookahead_routers(loaded, layers)
     if isinstance(found, str):
         why = f"gate_lookahead is not available for this model, nothing is prefetched: {found}"

@@ -28,11 +28,15 @@ class PassTracker:
     has: in ordinary `generate`, a pass whose KV cache is empty begins new sequences, any other goes on with those of
     the last batch of its size. Continuous batching flattens its sequences into one row, so its scheduler `announce`s
     each pass.
+
+    Attributes:
+        task: that of the requests of ordinary passes, from now on; None: not known.
     """
 
     def __init__(self) -> None:
         self.current = Pass(Phase.PREFILL, 0, 0)
         self.listeners: list[Callable[[Pass], None]] = []
+        self.task: str | None = None
         self._step = self._num_requests = 0
         self._batches: dict[int, tuple[int, ...]] = {}  # by size: the numbers of the last batch
         self._announced: Composition | None = None
@@ -89,7 +93,8 @@ class PassTracker:
         if known is None or not goes_on:
             known = self._batches[batch] = self.number_requests(batch)
         phase = Phase.DECODE if length == 1 else Phase.PREFILL
-        return Composition(phase, tuple(number for number in known for _ in range(length)))
+        requests = tuple(number for number in known for _ in range(length))
+        return Composition(phase, requests, () if self.task is None else (self.task,) * len(requests))
 
     def _of_row(self, num_tokens: int, num_sequences: int) -> Composition:
         """A pass of continuous batching; one that nobody announced does not say whose its tokens are."""

@@ -15,6 +15,7 @@ from runtime.vocabulary import Load, LoadReason, Pass
 
 if TYPE_CHECKING:
     from runtime.cache.coordinator import Coordinator
+    from runtime.substitute import Substitution
     from runtime.transfer.slots import SlotArena
     from runtime.transfer.store import ExpertStore
 
@@ -71,6 +72,7 @@ class OffloadedSource:
     Args:
         layer: the layer's index in the pool. current: the running pass.
         router_input: what the layer's router was last given, for predictors; it need not be what the experts are given.
+        substitution: changed the router's choice before it came here; predictors go by what it was.
     """
 
     def __init__(
@@ -79,8 +81,10 @@ class OffloadedSource:
         layer: int,
         current: Callable[[], Pass],
         router_input: Callable[[], torch.Tensor | None] = lambda: None,
+        substitution: Substitution | None = None,
     ) -> None:
         self._pool, self._layer, self._current, self._router_input = pool, layer, current, router_input
+        self.substitution = substitution
         self._base = layer * pool.store.num_experts
 
     def serve(
@@ -88,6 +92,7 @@ class OffloadedSource:
     ) -> Iterator[Sequence[Arrival]]:
         """The experts as they arrive; each is leased until the next group is asked for."""
         demand = [self._base + index for index in experts]
-        observation = Observation(self._current(), choice, self._router_input())
+        routed = choice if self.substitution is None else self.substitution.routed
+        observation = Observation(self._current(), routed, self._router_input())
         for group in self._pool.coordinator.serve(self._layer, demand, tokens, observation):
             yield [Arrival(expert - self._base, self._pool.weights(expert)) for expert in group]

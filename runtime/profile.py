@@ -19,17 +19,18 @@ from runtime import strict_yaml
 from runtime.errors import ProfileError, UsageError
 from runtime.files import write_atomic
 from runtime.machine import format_bytes, parse_bytes
-from runtime.predictors.params import PREDICTOR_PARAMS, TRAINED
+from runtime.predictors.params import PREDICTOR_PARAMS, TRAINED, default_period
 
 # Names of what exists. An issue that adds a member of a family adds its name here.
-POLICIES = ("lru", "lfu", "lfru", "static", "next_use", "activation", "plec", "periodic", "probabilistic_belady")
+POLICIES = ("lru", "lfu", "lfru", "static", "next_use", "activation", "plec", "periodic", "probabilistic_belady", "td_next_use")
 PREDICTORS = tuple(PREDICTOR_PARAMS)
 SCHEDULERS = ("fifo", "route_overlap", "deadline")
 PREFILL_KERNELS = ("eager", "grouped_mm")
 DECODE_KERNELS = ("eager", "grouped_mm", "gemv")
 EVERY_UNITS = ("step", "prompt")
 MISS_ACTIONS = ("copy",)
-NUMERICS = ("exact",)
+LOSSY = ("lossy.substitute", "lossy.substitute_always")
+NUMERICS = ("exact", *LOSSY)
 
 SCHEMA_VERSION: Final = 1
 KIND: Final = "moe-offload-profile"
@@ -175,13 +176,21 @@ class Predictor(_Section):
     kind: Annotated[str, _one_of("predictor", PREDICTORS)] = "gate_lookahead"
     """Which predictor."""
     every: Count = 1
-    """A forecast is reused for this many units."""
+    """A forecast is reused for this many units; 40 where `periodic` is named without saying."""
     every_unit: Annotated[str, _one_of("unit", EVERY_UNITS)] = "step"
-    """Unit of `every`."""
+    """Unit of `every`; "prompt" where `periodic` is named without saying."""
     artifact: str | None = None
     """Trained predictor, a path beside the profile."""
     params: Params = {}
     """Of the predictor."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_period(cls, found: Any) -> Any:
+        if not isinstance(found, dict):
+            return found
+        every, unit = default_period(str(found.get("kind")))
+        return {"every": every, "every_unit": unit, **found}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -211,7 +220,9 @@ class Scheduler(_Section):
     group: Count = 1
     """Requests decoded together."""
     window: Count | None = None
-    """Batches that a scheduler looks at when it regroups; fifo has none."""
+    """Batches of `group` that take turns; None: 2 for route_overlap, which distributes requests among them, else 1."""
+    quantum: Count | None = None
+    """Tokens that a batch of route_overlap decodes before the next one's turn; others have none. None: its default."""
 
 
 class Compute(_Section):
@@ -294,6 +305,12 @@ class Evidence(_Section):
     """Kendall's tau between simulated and measured latency."""
     memory_model_error: float | None = None
     """Measured over predicted peak memory, minus 1."""
+    kl_nats: Annotated[float, Field(ge=0)] | None = None
+    """Mean over tokens of KL(exact model || this profile), of the next token's distribution."""
+    perplexity_ratio: Positive | None = None
+    """Perplexity of the same text with this profile over that of the exact model."""
+    top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of tokens at which both find the same next token likeliest."""
 
 
 class Provenance(_Section):
@@ -350,7 +367,8 @@ class Profile(_Section):
     miss: Annotated[str, _one_of("miss action", MISS_ACTIONS)] = "copy"
     """What is done about an expert that is not there."""
     numerics: Annotated[str, _one_of("numerics", NUMERICS)] = "exact"
-    """How close the result is to that of the resident model."""
+    """How close the result is to that of the resident model. `lossy.substitute`: when decoding, a token whose expert is
+    absent goes to the best resident one, and only forecasts bring experts in; `_always`: when prefilling too."""
     fixed: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_check_fixed)] = ()
     """Dotted keys that the user set; the tuner does not touch them."""
     objectives: Objectives | None = None
@@ -370,10 +388,14 @@ class Profile(_Section):
     def with_overrides(self, overrides: Mapping[str, Any]) -> Profile:
         """A copy with dotted keys set, such as {"cache.slots": "25%"}.
 
+        Another predictor comes with its own default period, where this one's was the default.
+
         Raises:
             ProfileError: an unknown key or a value that its key does not take.
         """
         tree = self.model_dump(exclude_none=True)
+        if (self.predictor.every, self.predictor.every_unit) == default_period(self.predictor.kind):
+            del tree["predictor"]["every"], tree["predictor"]["every_unit"]
         for key, value in overrides.items():
             _set(tree, key, value)
         return _validate(tree, "override")

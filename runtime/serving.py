@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -17,7 +18,8 @@ import torch
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from runtime.batch_stats import BatchResult, RoutingWatch
-from runtime.batching import ContinuousScheduler, ServedState, Sizes, batch_processor, context_of, served_by
+from runtime.batching import ContinuousScheduler, ServedState, Sizes, batch_processor, context_of, kv_tokens, served_by
+from runtime.build import build_routes, build_scheduler
 from runtime.engine import Engine
 from runtime.errors import UnsupportedModelError
 from runtime.planning import Planner
@@ -30,7 +32,7 @@ from runtime.schedulers.fifo import Fifo
 def run_batch(
     engine: Engine,
     requests: Iterable[PromptRequest],
-    scheduler: Scheduler,
+    scheduler: Scheduler | None = None,
     *,
     concurrency: int | None = None,
     routes: RoutePredictor | None = None,
@@ -46,10 +48,11 @@ def run_batch(
     Prefixes are never shared: what a request computes would depend on those before it.
 
     Args:
-        scheduler: decides which requests run in each pass.
+        scheduler: decides which requests run in each pass. None: the profile's, with the routes that its predictor
+            foretells, if it does.
         concurrency: closed loop, so many requests are outstanding, the next one arrives when one finishes. None: open
             loop, each arrives at its `arrival_s`.
-        routes: predicts routes for a scheduler that wants them; None: those that the last tokens took.
+        routes: predicts routes for a scheduler that wants them; None: they are expected to be those of the last tokens.
         max_kv_tokens: tokens that the KV cache holds. None: as many as `group * window` of the longest requests need,
             at most what the profile sets aside.
         sample: sample by the model's generation config instead of taking the likeliest token; `seed` is for that.
@@ -68,6 +71,8 @@ def run_batch(
         raise ValueError(f"concurrency {concurrency}: at least 1 is needed")
     if not queue:
         return BatchResult((), 0, 0, None, None, 0.0, 0.0)
+    if scheduler is None:
+        scheduler, routes = build_scheduler(engine.profile, max_kv_tokens or kv_tokens(engine)), build_routes(engine)
     sizes = Sizes.of(engine, queue, scheduler, max_kv_tokens)
     if engine not in _proven:
         _prove(engine)
@@ -134,7 +139,8 @@ class _Run:
         self._eos = eos
         self._model, self._processor, self._passes = engine.model, processor, engine.passes
         self._adapter: ContinuousScheduler = processor.scheduler
-        self._start = time.perf_counter()
+        # No method of this object: a reference cycle would keep the KV cache for long.
+        self._now = partial(_seconds_since, time.perf_counter())
         self._planner = Planner(scheduler, predictor, self._now)
         self._adapter.use(self._planner, engine.passes)
         self._watch = RoutingWatch(engine.routing_shape, scheduler.needs_routes and predictor is None)
@@ -228,5 +234,6 @@ class _Run:
         self._adapter.batch = []
         self._adapter.clear_cancelled_requests()
 
-    def _now(self) -> float:
-        return time.perf_counter() - self._start
+
+def _seconds_since(start: float) -> float:
+    return time.perf_counter() - start

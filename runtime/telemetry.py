@@ -28,6 +28,7 @@ class CacheStats:
         num_waves: rounds of slots that the layer steps took; equal to num_layer_steps when every step fitted in one.
         num_passes: forward passes.
         num_tokens: tokens in them.
+        num_substituted: choices of absent experts, by token and rank, that went to resident ones (`lossy.substitute`).
     """
 
     num_lookups: int = 0
@@ -42,6 +43,7 @@ class CacheStats:
     num_waves: int = 0
     num_passes: int = 0
     num_tokens: int = 0
+    num_substituted: int = 0
 
     @property
     def hit_rate(self) -> float | None:
@@ -112,6 +114,8 @@ class EngineStats:
             f"stall      {self.stall_s:.2f} s waiting, {self.busy_s:.2f} s loading",
             f"memory     {self.peak_resident_bytes / 1e9:.2f} GB at the peak",
         ]
+        if cache.num_substituted:
+            lines.insert(2, f"substituted {cache.num_substituted} choices of absent experts: results are not exact")
         return "\n".join(lines)
 
 

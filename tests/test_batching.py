@@ -3,10 +3,12 @@ end early, come late or are given up."""
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +21,17 @@ from tiny import EXPERTS, LAYERS, TOP_K, VOCABULARY, save_tiny
 from transformers import ContinuousBatchingConfig
 
 import runtime
-from runtime import batching, serving
-from runtime.build import build_scheduler
+from harness.measure.equality import MOST_MARGIN, first_difference, generate_alone
+from runtime import batching, machine, serving
+from runtime.build import build_scheduler, describe
 from runtime.errors import BudgetError, PromptError, TransferError, UnsupportedModelError
+from runtime.predictors.artifact import RoutingShape, write_artifact
+from runtime.predictors.routing_path import RoutingPath, RoutingPathNetwork, Sizes
 from runtime.profile import Profile
 from runtime.prompts import PromptRequest, RequestResult
 from runtime.schedulers.base import Request, Route, Scheduler
 from runtime.schedulers.fifo import Fifo
+from runtime.schedulers.route_overlap import RouteOverlap
 from runtime.serving import run_batch
 from runtime.vocabulary import Pass, Phase
 
@@ -139,31 +145,16 @@ def test_every_family_is_exact_or_refused(family: Family, tmp_path: Path) -> Non
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-class Difference(NamedTuple):
-    """Where two continuations of a prompt part, and by how much the model preferred its token to the next best."""
-
-    position: int
-    margin: float
-
-
-def first_difference(model: Any, prompt: Sequence[int], one: Sequence[int], other: Sequence[int]) -> Difference | None:
-    """None where the continuations are equal; the margin is between the two largest logits at the first difference."""
-    position = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
-    if position is None:
-        return None
-    with torch.inference_mode():
-        best = model(torch.tensor([[*prompt, *one[:position]]])).logits[0, -1].topk(2).values
-    return Difference(position, float(best[0] - best[1]))
-
-
 def test_first_differences_are_found(reference: runtime.Engine) -> None:
-    prompt = REQUESTS[0].prompt_ids
+    request = REQUESTS[0]
     with torch.inference_mode():
-        best = reference.model(torch.tensor([prompt])).logits[0, -1].topk(2)
-    found = first_difference(reference.model, prompt, (int(best.indices[0]), 3), (int(best.indices[1]), 3))
-    assert found is not None and found.position == 0
+        best = reference.model(torch.tensor([request.prompt_ids])).logits[0, -1].topk(2)
+    found = first_difference(reference.model, request, (int(best.indices[0]), 3), (int(best.indices[1]), 3))
+    assert found is not None and (found.request, found.position) == (request.id, 0)
     assert found.margin == pytest.approx(float(best.values[0] - best.values[1]), rel=1e-5)
-    assert first_difference(reference.model, prompt, (1, 2), (1, 2)) is None
+    assert first_difference(reference.model, request, (1, 2), (1, 2)) is None
+    shorter = first_difference(reference.model, request, (1, 2), (1,))
+    assert shorter is not None and shorter.position == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,12 +162,10 @@ def test_batched_requests_are_those_of_generate_one_by_one(
     reference: runtime.Engine, kind: tuple[str, int, int]
 ) -> None:
     for request, result in zip(REQUESTS, run_batch(reference, REQUESTS, _scheduler(*kind)).requests, strict=True):
-        ids = torch.tensor([request.prompt_ids])
-        alone = reference.model.generate(ids, max_new_tokens=request.max_new_tokens, do_sample=False)
-        alone = alone[0, ids.shape[1] :].tolist()
+        alone = generate_alone(reference, request)
         assert (result.id, result.task, result.num_tokens) == (request.id, request.task, request.max_new_tokens)
-        found = first_difference(reference.model, request.prompt_ids, alone, result.token_ids)
-        assert found is None or found.margin <= 1e-4, f"{request.id} differs at {found}"
+        found = first_difference(reference.model, request, alone, result.token_ids)
+        assert found is None or found.margin <= MOST_MARGIN, f"differs: {found}"
 
 
 def _predictions(engine: runtime.Engine, request: PromptRequest) -> tuple[int, ...]:
@@ -324,6 +313,24 @@ def test_a_request_can_be_given_up(reference: runtime.Engine) -> None:
     assert [r.num_tokens for r in result.requests] == [14, 3, 10, 8, 6] == list(tokens.values())
 
 
+def test_the_kv_cache_is_given_back_at_once(reference: runtime.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = []
+    initialise = batching.ContinuousScheduler.__init__
+
+    def spy(self: batching.ContinuousScheduler, cache: Any, *arguments: Any, **named: Any) -> None:
+        caches.append(weakref.ref(cache))
+        initialise(self, cache, *arguments, **named)
+
+    monkeypatch.setattr(batching.ContinuousScheduler, "__init__", spy)
+    gc.collect()
+    gc.disable()
+    try:
+        run_batch(reference, REQUESTS, _scheduler("route_overlap", 2, 2))
+    finally:
+        gc.enable()
+    assert caches and all(cache() is None for cache in caches)
+
+
 def test_sampling_is_that_of_its_seed(reference: runtime.Engine) -> None:
     first, again, other = (
         [r.token_ids for r in run_batch(reference, REQUESTS, Fifo(3), sample=True, seed=seed).requests]
@@ -377,7 +384,9 @@ def test_schedulers_learn_the_routes_of_the_last_tokens(reference: runtime.Engin
     scheduler = Recording(2, 2)
     result = run_batch(reference, REQUESTS, scheduler)
     seen = [route for routes in scheduler.routes for route in routes.values()]
-    assert seen and all(route.shape == (LAYERS, EXPERTS) and (route.sum(axis=1) == TOP_K).all() for route in seen)
+    assert seen and all(route.shape == (LAYERS, EXPERTS) and 0 < route.sum() < route.size for route in seen)
+    first = next(route for routes in scheduler.routes for route in routes.values())
+    assert (first.sum(axis=1) == TOP_K).all(), "of a prompt's last token"
     assert sorted((r.id, r.output_tokens, r.left_to_prefill) for r in scheduler.done) == [
         (r.id, r.max_new_tokens, 0) for r in REQUESTS
     ]
@@ -406,6 +415,57 @@ def test_predicted_routes_are_asked_for_once_per_token_of_real_contexts(referenc
     assert all(any(text[: len(context)] == context for text in texts) for context in predictor.contexts)
     assert any(scheduler.routes), "no route reached the scheduler"
     assert all(route.sum() == LAYERS * TOP_K for routes in scheduler.routes for route in routes.values())
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """An untrained routing path predictor of the tiny model."""
+    torch.manual_seed(0)
+    sizes = Sizes(hidden=8, feed_forward=8, heads=1, head_size=8, encoder_layers=1, decoder_layers=1, window=64)
+    shape = RoutingShape(LAYERS, EXPERTS, TOP_K)
+    network = RoutingPathNetwork(sizes, shape, np.arange(len(VOCABULARY), dtype=np.int64))
+    write_artifact(tmp_path / "tiny.safetensors", network.artifact("tiny"))
+    return tmp_path / "tiny.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["route_overlap", "fifo"])
+def test_the_routing_path_of_the_profile_tells_the_scheduler_the_routes(
+    checkpoint: Path, artifact: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def spy(self: RoutingPath, contexts: Sequence[Sequence[int]]) -> npt.NDArray[np.bool_]:
+        asked.extend(tuple(context) for context in contexts)
+        return routes(self, contexts)
+
+    routes = RoutingPath.routes
+    monkeypatch.setattr(RoutingPath, "routes", spy)
+    keys = {"scheduler.kind": kind, "scheduler.group": 2, "scheduler.window": 2, "scheduler.quantum": 2}
+    predictor = {"predictor.kind": "routing_path", "predictor.artifact": str(artifact)}
+    with runtime.load(checkpoint, overrides={"cache.slots": 7, **keys, **predictor}) as engine:
+        result = run_batch(engine, REPLAYS)
+    texts = [(*request.prompt_ids, *(request.output_ids or ())) for request in REPLAYS]
+    assert all(any(text[: len(context)] == context for text in texts) for context in asked)
+    assert bool(asked) == (kind == "route_overlap")
+    assert [r.token_ids for r in result.requests] == [request.output_ids for request in REPLAYS]
+
+
+def test_the_scheduler_is_that_of_the_profile(checkpoint: Path) -> None:
+    keys = {"scheduler.kind": "route_overlap", "scheduler.group": 2, "scheduler.window": 4, "scheduler.quantum": 3}
+    found = build_scheduler(Profile.default().with_overrides(keys))
+    assert isinstance(found, RouteOverlap) and (found.group, found.window, found.quantum) == (2, 4, 3)
+    assert build_scheduler(Profile.default().with_overrides({"scheduler.kind": "route_overlap"})).window == 2
+    # 4 pages of KV cache: deadline does not admit what fifo has to compute again.
+    requests = [PromptRequest(f"r{i}", _text(10 + i), output_ids=_text(30, i)) for i in range(3)]
+    token_bytes = machine.kv_cache_bytes(describe(checkpoint).config, 1, 1, 4)
+    prompts = {}
+    for kind in ("fifo", "deadline"):
+        overrides = {"scheduler.kind": kind, "scheduler.group": 3, "cache.kv_bytes": 4 * 16 * token_bytes}
+        with runtime.load(checkpoint, overrides=overrides) as engine:
+            passes = _passes_of(engine)
+            run_batch(engine, requests)
+        prompts[kind] = sum(passing.phase is Phase.PREFILL for passing in passes)
+    assert prompts["deadline"] == len(requests) < prompts["fifo"]
 
 
 class Silent(Fifo):

@@ -98,6 +98,20 @@ def test_wrong_arguments(
     assert error[-1].startswith("error: ") and reason in error[-1]
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("", "prompts.jsonl: the file is empty"), ('{"prompt": "a"}\nb c\n', "prompts.jsonl, line 2: not JSON")],
+)
+def test_wrong_files(
+    checkpoint: Path, tmp_path: Path, content: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content, encoding="utf-8")
+    assert main(["--model", str(checkpoint), "--prompts", str(path)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and reason in line
+
+
 def test_a_prompt_beyond_the_context_is_refused_before_loading(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

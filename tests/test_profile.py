@@ -121,7 +121,7 @@ fallback: default
         (HEAD + "scheduler: {kind: lifo}\n", ["'lifo'", *schema.SCHEDULERS]),
         (HEAD + "compute: {prefill: gemv}\n", ["'gemv'", *schema.PREFILL_KERNELS]),
         (HEAD + "compute: {decode: triton}\n", ["'triton'", *schema.DECODE_KERNELS]),
-        (HEAD + "numerics: lossy.substitute\n", ["lossy.substitute", *schema.NUMERICS]),
+        (HEAD + "numerics: lossy.guess\n", ["lossy.guess", *schema.NUMERICS]),
         (HEAD + "cache: {params: {alpha: 1}}\n", ["takes no params", "alpha"]),
         (HEAD + "predictor: {artifact: a.pt}\n", ["takes no artifact", "a.pt"]),
         (HEAD + "fixed: [cache.slot]\n", ["'cache.slot'", "'cache.slots'"]),

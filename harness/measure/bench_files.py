@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,7 +12,7 @@ from typing import Any
 from harness.measure.blocks import Row
 from harness.measure.contest import Contest
 from harness.measure.limits import Limit
-from runtime import machine
+from harness.measure.provenance import provenance
 from runtime.build import ModelFacts
 from runtime.files import write_atomic
 
@@ -33,10 +30,7 @@ class RawFile:
         """A file named by date and limit; nothing is written yet."""
         now = datetime.now(UTC)
         head = {
-            "created": now.isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "harness.bench", *sys.argv[1:]]),
-            "commit": commit(),
-            "machine": machine.fingerprint(),
+            **provenance("harness.bench", now),
             "model": {
                 "name": Path(contest.model).name,
                 **facts.identity.model_dump(),
@@ -69,14 +63,3 @@ def _row(row: Row) -> dict[str, Any]:
     samples = [{"block": b, **{k: v for k, v in s.items() if k != "demands"}} for b, s in row.samples.items()]
     told = ("implementation", "num_tokens", "failure", "fits", "smallest_bytes", "peak_bytes")
     return {**{key: getattr(row, key) for key in told}, "samples": samples}
-
-
-def commit() -> str | None:
-    """The commit of the source tree, with "+" where it was changed since; None outside a repository."""
-    root = Path(__file__).parents[2]
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        state = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip() + ("+" if state.stdout.strip() else "")

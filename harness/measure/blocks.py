@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from harness.measure.pages import drop_pages, resident_fraction
 from harness.measure.process import ContenderFailed
 from harness.measure.stats import Ratio, Summary, paired_ratio, summarize
 from harness.measure.workload import TokenRequest
+
+_T = TypeVar("_T")
 
 PROBE_TOKENS = 5
 CALL_TIMEOUT_S = 300.0
@@ -152,7 +154,7 @@ def run_blocks(
         on_block()
 
 
-def block_order(rows: Sequence[Row], block: int) -> list[Row]:
+def block_order(rows: Sequence[_T], block: int) -> list[_T]:
     """Rotated by half the block number, turned round in every other block: each pair of blocks is an ABBA."""
     turn = block // 2 % max(len(rows), 1)
     order = [*rows[turn:], *rows[:turn]]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from harness.measure.cgroup import join
 
 if TYPE_CHECKING:
+    from harness.measure.batch_contender import BatchContender
     from runtime.engine import Engine
     from runtime.vocabulary import Load
 
@@ -135,7 +136,7 @@ class ReferenceContender(Contender):
         return {"demands": [[layer * self._num_experts + expert for expert in step] for layer, step in chosen]}
 
 
-def build(spec: JsonDict) -> Contender:
+def build(spec: JsonDict) -> Contender | BatchContender:
     """The contender that `spec` describes; see `harness.measure.process.Spec`."""
     import torch
 
@@ -149,6 +150,10 @@ def build(spec: JsonDict) -> Contender:
         if kind == "reference":
             return ReferenceContender(runtime.load_reference(source, checkpoint, overrides=spec["overrides"]))
         return EngineContender(runtime.load(source, checkpoint, overrides=spec["overrides"], record_loads=True))
+    if kind in ("batch", "batch_resident"):
+        from harness.measure import batch_contender
+
+        return batch_contender.build(spec)
     from harness.measure import baselines
 
     if kind == "resident":
@@ -189,7 +194,7 @@ def main(argument: str) -> int:
     if spec["cgroup"] is not None:
         join(spec["cgroup"])
     channel = _private_stdout()
-    contender: list[Contender] = []
+    contender: list[Contender | BatchContender] = []
 
     def load() -> JsonDict:
         contender.append(build(spec))

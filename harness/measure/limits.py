@@ -84,14 +84,16 @@ def make_limit(wanted: str | int, model: ModelBytes, process_bytes: int, tight_s
     return Limit(str(wanted), total, process_bytes, min(free // model.slot_bytes, model.num_experts))
 
 
-def smallest_working(works: Callable[[int], bool], failing_bytes: int, largest_bytes: int) -> int | None:
-    """Smallest limit that was seen to work, by bisection in at most `MAX_TRIES` tries; None when none did.
+def smallest_working(
+    works: Callable[[int], bool], failing_bytes: int, largest_bytes: int, max_tries: int = MAX_TRIES
+) -> int | None:
+    """Smallest limit that was seen to work, by bisection in at most `max_tries` tries; None when none did.
 
     Args:
         works: tries a limit. failing_bytes: known not to work. largest_bytes: the first that is tried.
     """
     low, high, found = failing_bytes, largest_bytes, None
-    for _ in range(MAX_TRIES):
+    for _ in range(max_tries):
         tried = high if found is None else (low + high) // 2
         if works(tried):
             found = high = tried

@@ -136,7 +136,12 @@ class Decoder:
 
     def step(self, tokens: Sequence[int]) -> int:
         """The most likely next token after `tokens`."""
+        return int(self.logits(tokens).argmax())
+
+    def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Of the next token after `tokens`, [vocabulary]."""
         ids = torch.tensor([tokens], device=self._model.device)
         output = self._model(ids, **{self._cache_name: self._cache}, **self._options)
         self._cache = getattr(output, self._cache_name)  # a DynamicCache, or what the architecture needs
-        return int(output.logits[0, -1].argmax())
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 NUM_RESAMPLES = 2000
 
@@ -45,6 +46,20 @@ class Ratio:
 
     def __str__(self) -> str:
         return f"{self.estimate:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one quantity is above another: the estimate and its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+    num_pairs: int
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return asdict(self)
 
 
 def median(samples: Sequence[float]) -> float:
@@ -83,7 +98,28 @@ def paired_ratio(
     if not (top > 0).all() or not (bottom > 0).all():
         raise ValueError("ratios need positive samples")
     logs = np.log(top) - np.log(bottom)
-    drawn = np.random.default_rng(seed).integers(0, logs.size, (NUM_RESAMPLES, logs.size))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.median(logs[drawn], axis=1), [tail, 1 - tail]).tolist()
+    low, high = _interval(logs, confidence, seed)
     return Ratio(math.exp(float(np.median(logs))), math.exp(low), math.exp(high), int(logs.size))
+
+
+def paired_difference(
+    minuends: Sequence[float], subtrahends: Sequence[float], *, confidence: float = 0.95, seed: int = 0
+) -> Difference:
+    """Median of `minuends[i] - subtrahends[i]` with a percentile bootstrap interval over the pairs.
+
+    Raises:
+        ValueError: no pairs, or unequal lengths.
+    """
+    top, bottom = np.asarray(minuends, np.float64), np.asarray(subtrahends, np.float64)
+    if top.size != bottom.size or not top.size:
+        raise ValueError(f"{top.size} and {bottom.size} samples do not make pairs")
+    low, high = _interval(top - bottom, confidence, seed)
+    return Difference(float(np.median(top - bottom)), low, high, int(top.size))
+
+
+def _interval(values: npt.NDArray[np.float64], confidence: float, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap interval of the median."""
+    drawn = np.random.default_rng(seed).integers(0, values.size, (NUM_RESAMPLES, values.size))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.median(values[drawn], axis=1), [tail, 1 - tail]).tolist()
+    return low, high

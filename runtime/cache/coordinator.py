@@ -44,6 +44,7 @@ class Coordinator:
         self.residency, self.transfer, self.predictor = residency, transfer, predictor
         self.governor, self.prefetch_count, self.predict_every = governor, prefetch_count, predict_every
         self._depth = governor.deepest  # of the running pass
+        self._forecast: Forecast | None = None
         self._waiting: list[tuple[int, int]] = []  # experts to prefetch that have no slot, and layers until each
         self.refreshes = refreshes
         self.needed_loads = needed_loads
@@ -55,6 +56,7 @@ class Coordinator:
         if self.refreshes:
             self._refresh()
         else:
+            self._predict(BEFORE_FIRST_LAYER)
             self._prefetch(BEFORE_FIRST_LAYER, passing.num_tokens)
 
     def serve(
@@ -73,9 +75,12 @@ class Coordinator:
         num_tokens = len(observation.experts)
         self._land(demand)
         self._note_used_prefetches(demand)
+        if self.residency.foresees:  # what the layer chose says which victims are best; else loads need not wait for it
+            self._predict(layer, observation)
         plan = self.residency.plan(layer, demand, tokens, num_tokens)
         self._act(plan)
-        self._predict(layer, observation)
+        if not self.residency.foresees:
+            self._predict(layer, observation)
         self._prefetch(layer, num_tokens)
         yield from self._arrivals(layer, plan)
         while plan.deferred:
@@ -118,22 +123,23 @@ class Coordinator:
             num_layer_steps=counts[Count.LAYER_STEPS],
         )
 
-    def _predict(self, layer: int, observation: Observation) -> None:
-        passing = observation.passing
+    def _predict(self, layer: int, observation: Observation | None = None) -> None:
+        """Let the predictor see the layer, and the policy know what it forecasts."""
+        self._forecast = None
         if not self._is_asked:
             return
-        if passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0:
-            self.predictor.observe(layer, observation)
+        if observation is not None:
+            passing = observation.passing
+            if passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0:
+                self.predictor.observe(layer, observation)
+        self._forecast = self.predictor.forecast(layer)
+        if self._forecast is not None and self.residency.foresees:
+            first = 0 if self.predictor.sees_next_pass else layer + 1
+            self.residency.foresee(self._forecast, first, self.predictor.waits())
 
     def _prefetch(self, layer: int, num_tokens: int) -> None:
-        """Tell the policy what is forecast, and load what the coming layers are expected to need."""
-        self._waiting = []
-        forecast = self.predictor.forecast(layer) if self._is_asked else None
-        if forecast is None:
-            return
-        if self.residency.foresees:
-            self.residency.foresee(forecast, 0 if self.predictor.sees_next_pass else layer + 1)
-        self._waiting = self._wanted(layer, forecast, num_tokens)
+        """Load what the coming layers are forecast to need."""
+        self._waiting = [] if self._forecast is None else self._wanted(layer, self._forecast, num_tokens)
         self._load_ahead(layer)
 
     def _load_ahead(self, layer: int) -> None:
@@ -150,7 +156,7 @@ class Coordinator:
         if forecast is None:
             return
         if self.residency.foresees:
-            self.residency.foresee(forecast)
+            self.residency.foresee(forecast, waits=self.predictor.waits())
         self.transfer.submit(self.residency.plan_refresh(forecast))
 
     def _wanted(self, layer: int, forecast: Forecast, num_tokens: int) -> list[tuple[int, int]]:

@@ -12,6 +12,8 @@ A formula is a pure function of a few per-expert values, compiled into the cache
     next_demand layer step at which the expert is demanded next, for the oracle
     forecast    tokens that a predictor expects to choose the expert at its layer's next turn; -1: nobody said
     share       the forecast over the sum of its layer's
+    wait        tokens until the expert's next use beyond its layer's next turn, as `DISCOUNT` counts them, learned online
+                or told by a predictor; -1: nobody said
     now         the layer step that is running
     layer       the expert's layer, from 0
     distance    layers until the expert's layer runs next, 1 … num_layers (its own layer: num_layers)
@@ -44,6 +46,7 @@ class Policy(enum.IntEnum):
     PLEC = 7
     PERIODIC = 8
     PROBABILISTIC_BELADY = 9
+    TD_NEXT_USE = 10
 
 
 POLICIES: dict[str, Policy] = {policy.name.lower(): policy for policy in Policy if policy is not Policy.BELADY}
@@ -56,6 +59,14 @@ FORESEEING = frozenset({"activation", "plec", "periodic", "probabilistic_belady"
 ALPHAS = (0.6, 0.05, 0.002)  # fast, medium, slow
 LEARNING_RATE = 0.01  # of the next-token table
 _MIN_OFTEN, _MIN_SOON, _MAX_SOON = 0.003, 0.002, 0.98
+
+DISCOUNT = 0.85
+"""What a use is worth a token later. Undiscounted, rare long waits rule an expectation that they should not: however far
+off a use is, the slot will have changed hands by then."""
+TD_CONTEXT = 8
+"""Layer steps, the one that just ran and those before it, by whose experts `td_next_use` learns."""
+TD_STEP = 0.16
+"""Share of its error that it corrects at a time (normalised least mean squares)."""
 
 
 @njit(inline="always")
@@ -89,17 +100,25 @@ def often(fast, medium, slow):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _next_use(fast, medium, slow, soon, distance, num_layers):  # type: ignore[no-untyped-def]
+def steady_worth(fast, medium, slow):  # type: ignore[no-untyped-def]
+    """What the next use is worth, E[DISCOUNT ** wait], of an expert that each token selects with P = `often`."""
+    p = max(often(fast, medium, slow), _MIN_OFTEN)
+    return p / (1.0 - DISCOUNT * (1.0 - p))
+
+
+@njit(inline="always")
+def _next_use(fast, medium, slow, soon, forecast, distance, num_layers):  # type: ignore[no-untyped-def]
     """Expected layer steps until the next use, negated: -(distance + num_layers * W).
 
     W = (1 - q) / (0.5 (p + q)) further tokens of waiting are expected after the next one, where q is the probability
     that the next token selects the expert and p that a later one does. Not 1/q alone: q falls to its floor for cold
     experts and ruins their order. A pooled cache must rank the layer that just ran as the one needed last, which LRU
-    gets backwards.
+    gets backwards. A forecast says of the next token only, and takes q's place in 1 - q alone.
     """
     p = max(often(fast, medium, slow), _MIN_OFTEN)
     q = min(max(soon, _MIN_SOON), _MAX_SOON)
-    return -(distance + num_layers * (1.0 - q) / (0.5 * (p + q)))
+    unused_next = 1.0 - q if forecast < 0.0 else 1.0 - min(forecast, 1.0)
+    return -(distance + num_layers * unused_next / (0.5 * (p + q)))
 
 
 @njit(inline="always")
@@ -133,15 +152,19 @@ def _periodic(forecast, last_used, now):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _probabilistic_belady(fast, medium, slow, soon, forecast, distance, num_layers):  # type: ignore[no-untyped-def]
-    """`next_use` with the predictor's forecast of the next turn in place of its own, where there is one."""
-    return _next_use(fast, medium, slow, soon if forecast < 0.0 else forecast, distance, num_layers)
+def _probabilistic_belady(fast, medium, slow, soon, forecast, wait, distance, num_layers):  # type: ignore[no-untyped-def]
+    """Belady's rule on expectations (SeqMoE, arXiv 2609.12978): what is expected to be needed farthest in the future
+    goes. By the waits that a predictor tells, or (`td_next_use`) that are learned online; where there are none,
+    `next_use` with the predictor's forecast of the next turn, if any, in place of its own."""
+    if wait >= 0.0:
+        return -(distance + num_layers * wait)
+    return _next_use(fast, medium, slow, soon, forecast, distance, num_layers)
 
 
 @njit(inline="always")
 def score(  # type: ignore[no-untyped-def]
-    policy, last_used, loaded_at, uses, fast, medium, slow, soon, next_demand, forecast, share, now, layer, distance,
-    num_layers,
+    policy, last_used, loaded_at, uses, fast, medium, slow, soon, next_demand, forecast, share, wait, now, layer,
+    distance, num_layers,
 ):  # fmt: skip
     """Value of keeping a resident expert under `policy`; the lowest goes."""
     if policy == 0:
@@ -160,9 +183,9 @@ def score(  # type: ignore[no-untyped-def]
         return _plec(forecast, last_used, now, distance, num_layers)
     if policy == 8:
         return _periodic(forecast, last_used, now)
-    if policy == 9:
-        return _probabilistic_belady(fast, medium, slow, soon, forecast, distance, num_layers)
-    return _next_use(fast, medium, slow, soon, distance, num_layers)
+    if policy == 9 or policy == 10:
+        return _probabilistic_belady(fast, medium, slow, soon, forecast, wait, distance, num_layers)
+    return _next_use(fast, medium, slow, soon, -1.0, distance, num_layers)
 
 
 KEEPS_ORDER = tuple(policy is not Policy.LFRU for policy in Policy)

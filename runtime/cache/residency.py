@@ -16,12 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.cache import steps as compiled
-from runtime.cache.policies import FORESEEING, ORACLE, POLICIES, Policy
+from runtime.cache.policies import FORESEEING, ORACLE, POLICIES, TD_CONTEXT, Policy
 from runtime.cache.steps import DEFERRED, NUM_FREE, Count, IntArray, flat, new_state
 from runtime.errors import BudgetError
 from runtime.vocabulary import Load, LoadReason, Lookup, Plan
 
 __all__ = ["Count", "Residency", "next_demands"]
+
+_CONTEXT = {Policy.NEXT_USE: 1, Policy.PROBABILISTIC_BELADY: 1, Policy.TD_NEXT_USE: TD_CONTEXT}
+"""Layer steps whose experts a policy learns from, by policy; of the others none."""
 
 
 class Residency:
@@ -44,14 +47,15 @@ class Residency:
     def __init__(self, num_layers: int, num_experts: int, num_slots: int, top_k: int, policy: str) -> None:
         if num_slots < 1:
             raise BudgetError(f"{num_slots} expert slots: at least 1 is needed; raise the memory limit or cache.slots")
-        self.num_layers, self.num_experts, self.num_slots = num_layers, num_experts, num_slots
+        self.num_layers, self.num_experts, self.num_slots, self.top_k = num_layers, num_experts, num_slots, top_k
         self._policy = int(Policy.BELADY if policy == ORACLE else POLICIES[policy])
-        learns = self._policy in (Policy.NEXT_USE, Policy.PROBABILISTIC_BELADY)
-        self._state = new_state(num_layers, num_experts, num_slots, top_k / num_experts, learns=learns)
+        context = min(_CONTEXT.get(Policy(self._policy), 0), num_layers)
+        self._state = new_state(num_layers, num_experts, num_slots, top_k / num_experts, context=context)
         self._flat = flat(self._state)
         # Reading a field of records makes a new array each time.
-        self._slot_of, self._ready, self._leases, self._prefetched, self._forecast, self._share = (
-            self._state.experts[name] for name in ("slot_of", "ready", "leases", "prefetched", "forecast", "share")
+        names = ("slot_of", "ready", "leases", "prefetched", "forecast", "share", "wait")
+        self._slot_of, self._ready, self._leases, self._prefetched, self._forecast, self._share, self._wait = (
+            self._state.experts[name] for name in names
         )
         self._is_stale = self._state.layers["is_stale"]
         self.foresees = policy in FORESEEING
@@ -83,13 +87,22 @@ class Residency:
                 loads.append(Load(expert, slot, LoadReason.DEMAND))
         return Plan(tuple(hits), tuple(in_flight), tuple(loads), tuple(deferred))
 
-    def foresee(self, forecast: npt.NDArray[np.floating[Any]], first: int = 0) -> None:
+    def foresee(
+        self,
+        forecast: npt.NDArray[np.floating[Any]],
+        first: int = 0,
+        waits: npt.NDArray[np.floating[Any]] | None = None,
+    ) -> None:
         """Tell the policy how many tokens are expected to choose each expert at its layer's next turn.
 
         Args:
             forecast: [layers, experts].
             first: of the layers before this one nothing is known.
+            waits: [layers, experts], tokens until each expert's next use beyond its layer's next turn
+                (`Predictor.waits`); None: not known.
         """
+        if waits is not None:
+            self._wait[:] = waits.reshape(-1)
         known = first * self.num_experts
         self._forecast[known:] = forecast[first:].reshape(-1)
         self._forecast[:known] = -1.0
@@ -111,6 +124,26 @@ class Residency:
         compiled.prefetch(*self._flat, self._policy, layer, experts, steps, slots)
         placed = zip(wanted, slots.tolist(), strict=True)
         return tuple(Load(expert, slot, LoadReason.PREFETCH) for expert, slot in placed if slot >= 0)
+
+    def plan_refresh(self, forecast: npt.NDArray[np.floating[Any]]) -> tuple[Load, ...]:
+        """Loads, in execution order, after which the slots hold the experts with the most expected tokens (eMoE, arXiv
+        2503.06823, section 3.3). Called between passes.
+
+        Every layer keeps top_k experts, if there are slots for that: without them its tokens would have no substitute.
+
+        Args:
+            forecast: [layers, experts], expected tokens at each layer's next turn.
+        """
+        is_absent = self._slot_of.reshape(forecast.shape) < 0
+        by_layer = np.lexsort((is_absent, -forecast), axis=1)
+        rank = np.empty_like(by_layer)
+        np.put_along_axis(rank, by_layer, np.arange(self.num_experts)[None], axis=1)
+        is_spare = rank >= self.top_k
+        best = np.lexsort((is_absent.ravel(), -forecast.ravel(), is_spare.ravel()))[: self.num_slots]
+        wanted = np.sort(best[(forecast.ravel()[best] > 0) | ~is_spare.ravel()[best]])
+        self._state.experts["needed_at"] = -1  # no earlier forecast protects what this one leaves out
+        self._is_stale[:] = True
+        return self.plan_prefetch(-1, wanted.tolist(), (wanted // self.num_experts + 1).tolist())
 
     def replay(
         self,
@@ -141,6 +174,20 @@ class Residency:
             *self._flat, self._policy, events, num_tokens, demand, tokens, future, load_s, expert_s, layer_s
         )
         return elapsed_s, stall_s
+
+    @property
+    def num_free(self) -> int:
+        """Slots without an expert."""
+        return int(self._state.scalars[NUM_FREE])
+
+    def present(self, layer: int) -> npt.NDArray[np.bool_]:
+        """Which experts of a layer hold a slot, arrived or not: bool [experts], the caller's own."""
+        present: npt.NDArray[np.bool_] = self._slot_of[layer * self.num_experts : (layer + 1) * self.num_experts] >= 0
+        return present
+
+    def count_substituted(self, num_routes: int) -> None:
+        """So many choices of absent experts, one for each token and rank, were changed into present ones."""
+        self._state.counts[Count.SUBSTITUTED] += num_routes
 
     def is_loading(self, expert: int) -> bool:
         """True between the decision to load `expert` and its completion."""

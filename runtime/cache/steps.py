@@ -13,7 +13,17 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from runtime.cache.policies import ALPHAS, KEEPS_ORDER, LEARNING_RATE, SOURCE, often, score
+from runtime.cache.policies import (
+    ALPHAS,
+    DISCOUNT,
+    KEEPS_ORDER,
+    LEARNING_RATE,
+    SOURCE,
+    TD_STEP,
+    often,
+    score,
+    steady_worth,
+)
 
 IntArray = npt.NDArray[np.int64]
 
@@ -33,6 +43,7 @@ class Count(enum.IntEnum):
     PREFETCH_WASTED = 7
     LAYER_STEPS = 8
     WAVES = 9
+    SUBSTITUTED = 10
 
 
 # Per expert. Records rather than an array a field: what a compiled function is handed costs time by the array.
@@ -52,9 +63,11 @@ _EXPERT = np.dtype(
         ("slow", np.float64),
         ("soon", np.float64),
         ("rate", np.float64),  # share of the tokens of its layer's last turn that selected it
+        ("rate_before", np.float64),  # of the turn before that
         ("next_demand", np.int64),  # layer step; only the oracle is told
         ("forecast", np.float64),  # expected tokens at the layer's next turn; -1: unknown
         ("share", np.float64),  # of its layer's forecasts; -1: unknown
+        ("wait", np.float64),  # expected tokens, discounted, beyond the layer's next turn; -1: unknown
     ],
     align=True,
 )
@@ -74,15 +87,16 @@ class State(NamedTuple):
     experts: npt.NDArray[np.void]  # records of _EXPERT
     layers: npt.NDArray[np.void]  # records of _LAYER
     expert_in: IntArray  # per slot; -1: free
-    follows: npt.NDArray[np.float32]  # [expert, index]: what `expert` now adds to P(index at the layer's next token)
+    follows: npt.NDArray[np.float32]  # [expert, index]: what `expert` now adds to P(index at the layer's next token);
+    # of `td_next_use` [layer steps ago * experts + expert, index]: to what the next use of index is worth
     counts: IntArray  # per Count
     scalars: IntArray
 
 
-def new_state(num_layers: int, per_layer: int, num_slots: int, prior: float, *, learns: bool) -> State:
-    """Empty slots for `num_layers` x `per_layer` experts; `learns`: keep the next-token table."""
+def new_state(num_layers: int, per_layer: int, num_slots: int, prior: float, *, context: int) -> State:
+    """Empty slots for `num_layers` x `per_layer` experts; `context`: layer steps whose experts are learned from."""
     experts = np.zeros(num_layers * per_layer, _EXPERT)
-    for name in ("slot_of", "needed_at", "last_used", "loaded_at", "forecast", "share"):
+    for name in ("slot_of", "needed_at", "last_used", "loaded_at", "forecast", "share", "wait"):
         experts[name] = -1
     for name in ("fast", "medium", "slow", "soon"):
         experts[name] = prior
@@ -94,7 +108,7 @@ def new_state(num_layers: int, per_layer: int, num_slots: int, prior: float, *, 
         experts=experts,
         layers=layers,
         expert_in=np.full(num_slots, -1),
-        follows=np.zeros((experts.size, per_layer) if learns else (0, 0), np.float32),
+        follows=np.zeros((context * experts.size, per_layer if context else 0), np.float32),
         counts=np.zeros(len(Count), np.int64),
         scalars=scalars,
     )
@@ -123,7 +137,7 @@ def _goes_before(state, policy, layer, expert, needed_by, tier, value, slot):  #
     own_layer = expert // (state.experts.size // num_layers)
     own_value = score(
         policy, own.last_used, own.loaded_at, own.uses, own.fast, own.medium, own.slow, own.soon, own.next_demand,
-        own.forecast, own.share, now, own_layer, (own_layer - layer - 1) % num_layers + 1, num_layers,
+        own.forecast, own.share, own.wait, now, own_layer, (own_layer - layer - 1) % num_layers + 1, num_layers,
     )  # fmt: skip
     if own_tier < tier or own_value < value or (own_value == value and own.slot_of < slot):
         return True, own_tier, own_value, own.slot_of
@@ -195,12 +209,13 @@ def _assign(state, expert, slot):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _observe(state, layer, demand, tokens, num_tokens):  # type: ignore[no-untyped-def]
+def _observe(state, policy, layer, demand, tokens, num_tokens):  # type: ignore[no-untyped-def]
     """Advance the layer's statistics by `num_tokens` tokens, `tokens[i]` of which chose `demand[i]`."""
     per_layer = state.experts.size // state.layers.size
     first, end = layer * per_layer, (layer + 1) * per_layer
-    learns = state.follows.size > 0
-    if learns:
+    learns_waits = policy == 10
+    learns_next = state.follows.size > 0 and not learns_waits
+    if learns_next:
         _learn(state, first, end, demand, tokens, num_tokens)
     keep_fast, keep_medium, keep_slow = (
         (1.0 - ALPHAS[0]) ** num_tokens, (1.0 - ALPHAS[1]) ** num_tokens, (1.0 - ALPHAS[2]) ** num_tokens,
@@ -210,7 +225,7 @@ def _observe(state, layer, demand, tokens, num_tokens):  # type: ignore[no-untyp
         one.fast *= keep_fast
         one.medium *= keep_medium
         one.slow *= keep_slow
-        one.rate = 0.0
+        one.rate_before, one.rate = one.rate, 0.0
         one.unwanted = one.prefetched
     for i in range(demand.size):
         one, rate = state.experts[demand[i]], tokens[i] / num_tokens
@@ -224,8 +239,10 @@ def _observe(state, layer, demand, tokens, num_tokens):  # type: ignore[no-untyp
         if one.prefetched:
             one.prefetched = False
             state.counts[6] += 1
-    if learns:
+    if learns_next:
         _foresee(state, first, end, demand)
+    if learns_waits:
+        _learn_waits(state, layer)
 
 
 @njit
@@ -257,12 +274,70 @@ def _foresee(state, first, end, demand):  # type: ignore[no-untyped-def]
 
 
 @njit
+def _learn_waits(state, layer):  # type: ignore[no-untyped-def]
+    """Temporal differences (Sutton 1988) of what an expert's next use is worth, G = E[DISCOUNT ** further wait]: that of
+    a steady expert, and what the experts of the last layer steps add, learned from G' = y + (1 - y) DISCOUNT G."""
+    per_layer = state.experts.size // state.layers.size
+    first = layer * per_layer
+    said, error = _said_by_context(state, layer), np.empty(per_layer)
+    for index in range(per_layer):
+        own = state.experts[first + index]
+        steady = steady_worth(own.fast, own.medium, own.slow)
+        worth = min(max(steady + said[index], _MIN_OF_STEADY * steady), _MAX_WORTH)
+        error[index] = 0.0
+        if own.wait >= 0.0:
+            error[index] = own.rate + (1.0 - own.rate) * DISCOUNT * worth - (1.0 - (1.0 - DISCOUNT) * own.wait)
+        own.wait = (1.0 - worth) / (1.0 - DISCOUNT)
+    _correct_context(state, layer, error)
+
+
+_MIN_OF_STEADY, _MAX_WORTH = 0.1, 0.99  # a linear estimate has no bounds of its own
+
+
+@njit
+def _said_by_context(state, layer):  # type: ignore[no-untyped-def]
+    """What the experts of the layer steps that just ran add to each expert of `layer`."""
+    num_layers, num_experts = state.layers.size, state.experts.size
+    per_layer = num_experts // num_layers
+    said = np.zeros(per_layer)
+    for ago in range(state.follows.shape[0] // num_experts):
+        start = (layer - ago) % num_layers * per_layer
+        for expert in range(start, start + per_layer):
+            rate = state.experts[expert].rate
+            if rate > 0.0:
+                for index in range(per_layer):
+                    said[index] += rate * state.follows[ago * num_experts + expert, index]
+    return said
+
+
+@njit
+def _correct_context(state, layer, error):  # type: ignore[no-untyped-def]
+    """Correct what was said when the layer ran before: a normalised step of gradient descent."""
+    num_layers, num_experts = state.layers.size, state.experts.size
+    per_layer, context = num_experts // num_layers, state.follows.shape[0] // num_experts
+    norm = 0.0
+    for ago in range(context):
+        start = (layer - ago) % num_layers * per_layer
+        for expert in range(start, start + per_layer):
+            norm += state.experts[expert].rate_before ** 2
+    if norm == 0.0:
+        return
+    for ago in range(context):
+        start = (layer - ago) % num_layers * per_layer
+        for expert in range(start, start + per_layer):
+            rate = state.experts[expert].rate_before
+            if rate > 0.0:
+                for index in range(per_layer):
+                    state.follows[ago * num_experts + expert, index] += TD_STEP / norm * rate * error[index]
+
+
+@njit
 def _wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots):  # type: ignore[no-untyped-def]
     """One wave of a layer step: classify and lease every demanded expert, find slots for the missing ones."""
     if first:
         state.scalars[NOW] += 1
         state.counts[8] += 1
-        _observe(state, layer, demand, tokens, num_tokens)
+        _observe(state, policy, layer, demand, tokens, num_tokens)
     state.counts[9] += 1
     state.layers[layer].is_stale = True
     for i in range(demand.size):  # lease what is here before any victim is chosen

@@ -66,10 +66,18 @@ def _periodic(spec: PredictorSpec, shape: RoutingShape, artifact: Artifact | Non
     return Periodic(shape, params, artifact, every=spec.every, every_unit=spec.every_unit)
 
 
+def _sequence(spec: PredictorSpec, shape: RoutingShape, artifact: Artifact | None) -> Predictor:
+    from runtime.predictors.sequence import SequencePredictor
+
+    assert artifact is not None
+    return SequencePredictor(artifact)
+
+
 _MAKERS: dict[str, Callable[[PredictorSpec, RoutingShape, Artifact | None], Predictor]] = {
     "none": lambda spec, shape, artifact: NoPredictor(),
     "previous_token": lambda spec, shape, artifact: PreviousToken(shape.layers, shape.experts),
     "activation_matrix": _activation_matrix,
     "routing_path": _routing_path,
     "periodic": _periodic,
+    "sequence": _sequence,
 }

@@ -54,19 +54,12 @@ class Deadline(Scheduler):
         group, window: see `Scheduler`.
         max_tokens: the paper's T_max: prompt and expected output tokens of all running requests together, as many as
             the KV cache holds; None: no limit. A request that is larger runs alone.
-        mean_output_tokens: what to expect of a task before any of its requests is complete.
     """
 
-    def __init__(
-        self,
-        group: int,
-        window: int = 1,
-        max_tokens: int | None = None,
-        mean_output_tokens: Mapping[str, float] | None = None,
-    ) -> None:
+    def __init__(self, group: int, window: int = 1, max_tokens: int | None = None) -> None:
         super().__init__(group, window)
         self._max_tokens = math.inf if max_tokens is None else max_tokens
-        self._lengths = OutputLengths(mean_output_tokens or {})
+        self._lengths = OutputLengths()
         self._pace = Pace()
         self._overtaken: dict[str, int] = {}  # of those that wait, in order of arrival
         self._left_out: dict[str, int] = {}  # of those that decode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import combinations
 from statistics import median
 
@@ -18,17 +18,11 @@ REFILL = 0.05
 
 
 class OutputLengths:
-    """Expected lengths of answers, by task.
+    """Expected lengths of answers, by task."""
 
-    Args:
-        prior: mean output tokens per task, each worth one answer.
-    """
-
-    def __init__(self, prior: Mapping[str, float]) -> None:
+    def __init__(self) -> None:
         self._mean: dict[str | None, float] = {}  # None: of all tasks
         self._num_seen: dict[str | None, int] = {}
-        for task, mean in prior.items():
-            self._mean[task], self._num_seen[task] = mean, 1
 
     def finished(self, request: Request) -> None:
         """Learn from a complete answer, for its task and for tasks not seen yet."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from harness.measure.stats import median, paired_ratio, summarize
+from harness.measure.stats import median, paired_difference, paired_ratio, summarize
 
 
 def test_summary_of_a_known_sample() -> None:
@@ -59,3 +59,11 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 def test_what_makes_no_pairs_is_refused(top: list[float], bottom: list[float]) -> None:
     with pytest.raises(ValueError):
         paired_ratio(top, bottom)
+
+
+def test_differences_are_paired_and_may_be_nothing() -> None:
+    difference = paired_difference([0.9, 0.5, 0.0], [0.4, 0.0, 0.0])
+    assert difference.estimate == pytest.approx(0.5) and difference.num_pairs == 3
+    assert 0.0 <= difference.low <= difference.estimate <= difference.high == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="0 and 1 samples"):
+        paired_difference([], [1.0])

@@ -89,14 +89,6 @@ def test_learned_output_lengths_change_decisions() -> None:
         assert _first_choice(scheduler, [_request("new", "other")], [running]) == chosen
 
 
-def test_a_prior_stands_in_for_answers_not_seen_yet() -> None:
-    for length, chosen in ((3.0, "new"), (60.0, "running")):
-        scheduler = _warm(Deadline(2, mean_output_tokens={"other": length}), chat=16)
-        Engine(scheduler, [Job(name, 50.0, 4, 16, "chat") for name in ("one", "two")], _pass_s).run()
-        running = _request("running", slo_s=3.0, output=1)
-        assert _first_choice(scheduler, [_request("new", "other")], [running]) == chosen
-
-
 def test_the_token_budget_holds_but_lets_every_request_run() -> None:
     scheduler = _warm(Deadline(4, max_tokens=30), chat=10)
     assert _first_choice(scheduler, [_request("new")], [_request("running", output=1)]) == "new"
@@ -133,14 +125,15 @@ def test_patience_ends() -> None:
 
 @given(st.integers(0, 300), st.integers(1, 400))
 def test_expected_length_is_decremented_and_refilled(generated: int, most: int) -> None:
-    lengths = OutputLengths({"chat": 100.0})
+    lengths = OutputLengths()
+    lengths.finished(_request("done", "chat", output=100))
     left = lengths.left(Request("a", "chat", 0.0, 4, 0, generated, max(most, generated + 1)))
     expected = 100 - generated if generated < 100 else 5 - (generated - 100) % 5
     assert left == min(expected, max(most, generated + 1) - generated) >= 1
 
 
 def test_lengths_follow_the_answers_of_a_task() -> None:
-    lengths = OutputLengths({})
+    lengths = OutputLengths()
     assert lengths.left(_request("a")) == 100  # as long as it may get
     for task, length in (("chat", 10), ("chat", 20), ("code", 60)):
         lengths.finished(_request("done", task, output=length))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.schedulers.base import Request, Route
 from runtime.schedulers.partition import distinct_experts, partition
+from runtime.schedulers.recent_routes import RecentRoutes
 from runtime.schedulers.route_overlap import RouteOverlap
 
 Routes = npt.NDArray[np.bool_]
@@ -101,32 +102,63 @@ def _routes(kinds: dict[str, int]) -> _Counted:
     return _Counted({name: np.eye(4, dtype=np.bool_)[[kind, kind]] for name, kind in kinds.items()})
 
 
-def test_a_unit_is_planned_once_and_its_batches_run_in_turn() -> None:
-    scheduler = RouteOverlap(group=2, window=2)
+@pytest.mark.parametrize("quantum", [1, 3])
+def test_a_unit_is_planned_once_and_its_batches_take_turns(quantum: int) -> None:
+    scheduler = RouteOverlap(group=2, window=2, quantum=quantum)
     first = scheduler.choose([], _decoding("abcd"), _routes({"a": 0, "b": 1, "c": 0, "d": 1}), 0.0)
     changed = _routes({"a": 0, "b": 0, "c": 1, "d": 1})
-    assert [first, scheduler.choose([], _decoding("abcd"), changed, 1.0)] == [["a", "c"], ["b", "d"]]
+    turns = [first, *(list(scheduler.choose([], _decoding("abcd"), changed, 1.0)) for _ in range(2 * quantum - 1))]
+    assert turns == [["a", "c"]] * quantum + [["b", "d"]] * quantum
     assert changed.num_asked == 0
     assert scheduler.choose([], _decoding("abcd"), changed, 2.0) == ["a", "b"]
 
 
-def test_finished_requests_drop_out_and_new_ones_join_the_next_unit() -> None:
-    scheduler = RouteOverlap(group=2, window=2)
+def test_new_requests_take_the_places_of_finished_ones_and_else_join_the_next_unit() -> None:
+    scheduler = RouteOverlap(group=2, window=2, quantum=2)
     routes = _routes({"a": 0, "b": 1, "c": 0, "d": 1})
     assert scheduler.choose([], _decoding("abcd"), routes, 0.0) == ["a", "c"]
     new = Request("e", "default", 1.0, 3, 3, 0, 100)
     assert scheduler.choose([new], _decoding("acd"), routes, 1.0) == ["e"]
-    assert scheduler.choose([], _decoding("acde"), routes, 2.0) == ["d"]
-    assert sorted(scheduler.choose([], _decoding("acde"), routes, 3.0)) == ["a", "c"]
+    assert scheduler.choose([], _decoding("acde"), routes, 2.0) == ["a", "c"]
+    assert [scheduler.choose([], _decoding("acdef"), routes, 3.0) for _ in range(2)] == [["d", "e"]] * 2
+    assert sorted(scheduler.choose([], _decoding("acdef"), routes, 4.0)) == ["a", "c"]
+    assert scheduler.choose([], _decoding("def"), routes, 5.0) == ["d", "e"]
+
+
+def test_free_places_are_taken_by_those_whose_turn_would_come_last() -> None:
+    scheduler = RouteOverlap(group=2, window=3, quantum=2)
+    kinds = {"a": 0, "b": 1, "c": 2, "d": 0, "e": 1, "f": 2}
+    assert scheduler.choose([], _decoding("abcdef"), _routes(kinds), 0.0) == ["a", "d"]
+    assert scheduler.choose([], _decoding("abcef"), {}, 1.0) == ["a", "c"]
+    assert [scheduler.choose([], _decoding("abef"), {}, 2.0) for _ in range(2)] == [["b", "e"]] * 2
+    assert [scheduler.choose([], _decoding("abef"), {}, 3.0) for _ in range(2)] == [["f"]] * 2
+    assert scheduler.choose([], _decoding("abef"), {}, 4.0) == ["a", "b"]
 
 
 def test_requests_without_a_route_fill_up_the_others() -> None:
-    scheduler = RouteOverlap(group=3, window=2)
+    scheduler = RouteOverlap(group=3, window=2, quantum=1)
     first = scheduler.choose([], _decoding("abcdef"), _routes({"a": 0, "b": 1, "e": 0, "f": 1}), 0.0)
     second = scheduler.choose([], _decoding("abcdef"), {}, 1.0)
     assert {"a", "e"} <= set(first) and {"b", "f"} <= set(second) and len(first) == len(second) == 3
 
 
 def test_without_any_route_the_order_is_that_of_admission() -> None:
-    scheduler = RouteOverlap(group=2, window=2)
+    scheduler = RouteOverlap(group=2, window=2, quantum=1)
     assert [scheduler.choose([], _decoding("abc"), {}, float(time)) for time in range(2)] == [["a", "b"], ["c"]]
+
+
+def test_what_was_used_often_of_late_is_expected() -> None:
+    recent = RecentRoutes()
+    of = {name: np.array([[name in experts for name in "abcdefgh"]]) for name, experts in
+          {"ab": "ab", "cd": "cd", "ah": "ah"}.items()}  # fmt: skip
+    recent.saw({"one": of["ab"], "other": of["cd"]})
+    assert all((recent.routes(["one", "other", "new"])[name] == of[kind]).all() for name, kind in
+               (("one", "ab"), ("other", "cd")))  # fmt: skip
+    for kind in ["ab"] * 5 + ["cd"]:
+        recent.saw({"one": of[kind]})
+    assert (recent.routes(["one"])["one"] == of["ab"]).all()
+    for kind in ["cd"] * 20:
+        recent.saw({"one": of[kind]})
+    assert (recent.routes(["one"])["one"] == of["cd"]).all()
+    recent.forget("one")
+    assert recent.routes(["one", "other"]).keys() == {"other"}

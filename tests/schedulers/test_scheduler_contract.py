@@ -15,11 +15,12 @@ from serving import Engine, Job, Log
 from runtime.schedulers.base import Route, Scheduler
 from runtime.schedulers.deadline import MAX_LEFT_OUT, MAX_OVERTAKEN, Deadline
 from runtime.schedulers.fifo import Fifo
-from runtime.schedulers.route_overlap import RouteOverlap
+from runtime.schedulers.route_overlap import QUANTUM, RouteOverlap
 
 SCHEDULERS: dict[str, Callable[[int, int], Scheduler]] = {
     "fifo": Fifo,
     "route_overlap": RouteOverlap,
+    "route_overlap_by_token": lambda group, window: RouteOverlap(group, window, quantum=1),
     "deadline": Deadline,
     "deadline_with_budget": lambda group, window: Deadline(group, window, max_tokens=40),
 }
@@ -85,7 +86,8 @@ def test_decisions_are_deterministic(kind: str, jobs: list[Job], group: int, win
 @settings(deadline=None, max_examples=30)
 @given(JOBS, st.integers(1, 3), st.sampled_from([1, 2, 4]))
 def test_no_decoding_request_starves(kind: str, jobs: list[Job], group: int, window: int) -> None:
-    bound = (MAX_LEFT_OUT + 1) * window if kind.startswith("deadline") else 2 * window - 1
+    quantum = QUANTUM if kind == "route_overlap" else 1
+    bound = (MAX_LEFT_OUT + 1) * window if kind.startswith("deadline") else (2 * window - 1) * quantum
     log = _serve(kind, group, window, jobs)
     left_out: dict[str, int] = {}
     for chosen, decoding in zip(log.passes, log.decoding, strict=True):
