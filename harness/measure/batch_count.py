@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pandas as pd
 from tqdm import tqdm
 
+from harness.fitting.base import joined
 from harness.measure.batch_file import ResultFile
 from harness.measure.grouping import Knowledge, ScheduledPasses
 from harness.measure.replay import Setting, Timing, replay
@@ -45,7 +46,7 @@ class Row:
 
 def count(options: argparse.Namespace) -> int:
     """The command."""
-    trace = read_trace(options.trace)
+    trace = joined([read_trace(options.trace)])
     rows = list(_rows(shapes(options.shape), whole_numbers(options.quantum, "quantum")))
     slots = _slots(options.slots, trace)
     num_bytes = int(parse_bytes(options.expert_bytes) if options.expert_bytes else trace.meta.get("expert_bytes") or 0)

@@ -16,10 +16,15 @@ def provenance(module: str, now: datetime) -> dict[str, Any]:
     """What is needed to read figures later: when, by which command, from which source, on what machine."""
     return {
         "created": now.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *map(_without_folders, sys.argv[1:])]),
         "commit": commit(),
         "machine": machine.fingerprint(),
     }
+
+
+def _without_folders(argument: str) -> str:
+    """A path as its last part: results are published, and where this machine keeps its files is nobody's business."""
+    return Path(argument).name if "/" in argument else argument
 
 
 def commit() -> str | None:
