@@ -22,7 +22,18 @@ from runtime.machine import format_bytes, parse_bytes
 from runtime.predictors.params import PREDICTOR_PARAMS, TRAINED, default_period
 
 # Names of what exists. An issue that adds a member of a family adds its name here.
-POLICIES = ("lru", "lfu", "lfru", "static", "next_use", "activation", "plec", "periodic", "probabilistic_belady", "td_next_use")
+POLICIES = (
+    "lru",
+    "lfu",
+    "lfru",
+    "static",
+    "next_use",
+    "activation",
+    "plec",
+    "periodic",
+    "probabilistic_belady",
+    "td_next_use",
+)
 PREDICTORS = tuple(PREDICTOR_PARAMS)
 SCHEDULERS = ("fifo", "route_overlap", "deadline")
 PREFILL_KERNELS = ("eager", "grouped_mm")

@@ -135,18 +135,18 @@ class Network(nn.Module):
         self.inner_bias = nn.Parameter(torch.zeros(INNER))
         self.outer = _normal(INNER, 2, std=0.5 * INNER**-0.5)
         self.direct = _normal(features, 2, std=0.5 * features**-0.5)
-        self.bias = nn.Parameter(torch.full((layers, experts, 2), float(np.log(self.prior / max(1 - self.prior, 1e-3)))))
+        odds = self.prior / max(1 - self.prior, 1e-3)
+        self.bias = nn.Parameter(torch.full((layers, experts, 2), float(np.log(odds))))
         self.dropout = nn.Dropout(_DROPOUT)
 
     def forward(self, frequencies: torch.Tensor) -> torch.Tensor:
         """Logits [segments, tokens, layers, experts, 2] after each token, of the examples' frequencies."""
-        layers, experts, _ = self.shape
         parts = torch.einsum("stlx,lxc->stlc", (frequencies - self.prior).flatten(3), self.context)
         now, before = parts[:, 1:], parts[:, :-1]
         # When a layer has run, the layers after it have not: theirs is what they said at the token before.
         context = now.cumsum(2) + before.sum(2, keepdim=True) - before.cumsum(2)
         hidden = self.dropout(torch.relu(context + self.layer))
-        said = torch.einsum("stlc,lcx->stlx", hidden, self.spread).unflatten(3, (experts, SAID))
+        said = torch.einsum("stlc,lcx->stlx", hidden, self.spread).unflatten(3, (self.shape.experts, SAID))
         features = torch.cat([1 + 0.5 * torch.log(frequencies[:, 1:] + FREQUENCY_FLOOR), said], dim=-1)
         inner = torch.relu(features @ self.inner + self.inner_bias)
         return inner @ self.outer + features @ self.direct + self.bias

@@ -24,7 +24,7 @@ from harness.search.trial import TrialRunner, TrialSpec, Work, bare_process, mea
 from runtime import machine
 from runtime.build import ModelFacts, describe
 from runtime.errors import ExpertFlowError, UsageError
-from runtime.profile import Profile
+from runtime.profile import LOSSY, Profile
 
 _SETUP_TIMEOUT_S = 900.0
 
@@ -164,6 +164,11 @@ def prepare(settings: Settings) -> Setup:
     for path in (settings.profile, settings.folder / "trials.csv"):
         _check_writable(path)
     base = Profile.default().with_overrides({"workload.context": settings.context, **settings.fixed})
+    if base.numerics in LOSSY:
+        raise UsageError(
+            f"numerics {base.numerics!r} changes results, and every trial must give those of the default: tune without "
+            "it, then measure its cost: python -m harness.quality"
+        )
     facts = describe(settings.model)
     workload = load_workload(settings.workload)
     texts = Texts(workload, settings.model)

@@ -8,10 +8,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.profile import POLICIES, Profile
+from runtime.profile import Profile
 
 Value = int | str
 Params = Mapping[str, Value]
+
+POLICIES = ("lru", "lfru", "next_use", "td_next_use")
+"""Policies that are tried. The others need a trained predictor, or loaded more than these on every trace and at every
+budget that was replayed (results/replay-*.csv, results/LOG.md, 2026-11-26); a profile may still name them."""
 
 _RUNGS = 8
 """Choices of the number of slots: the most that fit, and shares of it, each 1/sqrt(2) of the one above."""
@@ -71,6 +75,7 @@ def table(setting: Setting, base: Profile) -> tuple[Knob, ...]:
     A knob with one choice cannot act; `Space` leaves it out.
     """
     groups = tuple(sorted({base.scheduler.group, *(group for group in (1, 2, 4, 8) if group <= setting.concurrency)}))
+    policies = tuple(dict.fromkeys((*POLICIES, base.cache.policy)))
     depths = (0, 1, 2, 3) if setting.can_prefetch else (0,)
     depth = base.prefetch.depth if setting.can_prefetch else 0
     rungs = {max(1, round(setting.num_slots_fit * 2 ** (-i / 2))) for i in range(_RUNGS)}
@@ -78,7 +83,7 @@ def table(setting: Setting, base: Profile) -> tuple[Knob, ...]:
     return (
         Knob("slots", "cache.slots", tuple(sorted(rungs | {slots})), slots, True, _always),
         Knob("group", "scheduler.group", groups, base.scheduler.group, True, _always),
-        Knob("policy", "cache.policy", POLICIES, base.cache.policy, False, _evicts(setting)),
+        Knob("policy", "cache.policy", policies, base.cache.policy, False, _evicts(setting)),
         Knob("depth", "prefetch.depth", depths, depth, True, _always),
         Knob("count", "prefetch.count", (1, 2, 3, 4), base.prefetch.count, True, _prefetches),
         Knob("every", "predictor.every", tuple(range(1, 9)), base.predictor.every, True, _prefetches),

@@ -12,8 +12,8 @@ A formula is a pure function of a few per-expert values, compiled into the cache
     next_demand layer step at which the expert is demanded next, for the oracle
     forecast    tokens that a predictor expects to choose the expert at its layer's next turn; -1: nobody said
     share       the forecast over the sum of its layer's
-    wait        tokens until the expert's next use beyond its layer's next turn, as `DISCOUNT` counts them, learned online
-                or told by a predictor; -1: nobody said
+    wait        tokens until the expert's next use, beyond its layer's next turn, discounted: learned online or told by
+                a predictor; -1: nobody said
     now         the layer step that is running
     layer       the expert's layer, from 0
     distance    layers until the expert's layer runs next, 1 … num_layers (its own layer: num_layers)
@@ -61,8 +61,8 @@ LEARNING_RATE = 0.01  # of the next-token table
 _MIN_OFTEN, _MIN_SOON, _MAX_SOON = 0.003, 0.002, 0.98
 
 DISCOUNT = 0.85
-"""What a use is worth a token later. Undiscounted, rare long waits rule an expectation that they should not: however far
-off a use is, the slot will have changed hands by then."""
+"""What a use is worth a token later. Undiscounted, rare long waits rule an expectation that they should not: the slot
+will have changed hands long before."""
 TD_CONTEXT = 8
 """Layer steps, the one that just ran and those before it, by whose experts `td_next_use` learns."""
 TD_STEP = 0.16

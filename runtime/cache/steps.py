@@ -275,8 +275,9 @@ def _foresee(state, first, end, demand):  # type: ignore[no-untyped-def]
 
 @njit
 def _learn_waits(state, layer):  # type: ignore[no-untyped-def]
-    """Temporal differences (Sutton 1988) of what an expert's next use is worth, G = E[DISCOUNT ** further wait]: that of
-    a steady expert, and what the experts of the last layer steps add, learned from G' = y + (1 - y) DISCOUNT G."""
+    """Temporal differences (Sutton 1988) of G = E[DISCOUNT ** further tokens of waiting], what an expert's next use is
+    worth: that of a steady expert, and what the experts of the last layer steps add. If the next token selects the
+    expert, G was 1, else it was DISCOUNT times what it is then."""
     per_layer = state.experts.size // state.layers.size
     first = layer * per_layer
     said, error = _said_by_context(state, layer), np.empty(per_layer)

@@ -1,10 +1,10 @@
-"""`sequence`: a small network that reads the experts of a token sequence and looks several tokens ahead, for eviction.
+"""`sequence`: a small network that reads which experts the tokens so far chose, and looks several tokens ahead.
 
-After SeqMoE (arXiv 2609.12978), which forecasts the activations of the whole layer stack from those of the tokens so far
-and evicts what is needed farthest ahead. Its state-space layer has a counterpart here: frequencies of every expert
-decayed at several rates, a diagonal linear recurrence. All layers' frequencies are read into one context, which says,
-together with an expert's own, whether the next token of its layer selects it, and what its next use is worth:
-G = E[discount ** (tokens until then - 1)]. One number for all tokens ahead: no rollout is needed.
+After SeqMoE (arXiv 2609.12978), which forecasts the activations of the whole layer stack from those of the tokens so
+far, and evicts what is needed farthest ahead. Its state-space layer has a counterpart here: frequencies of every expert
+decayed at several rates, a diagonal linear recurrence. All layers' frequencies are read into one context. It says,
+together with an expert's own, whether the next token of the layer selects the expert, and what its next use is worth:
+G = E[discount ** (tokens until then - 1)]. That is one number for all tokens ahead, where SeqMoE rolls out eight.
 
 Requests decoded together are followed one by one. The network runs compiled: its layers are so small that calling a
 library for each would cost more than they do.
@@ -77,9 +77,7 @@ class Weights(NamedTuple):
         return weights
 
 
-def _shapes(
-    model: RoutingShape, scales: int, context: int, features: int, inner: int
-) -> dict[str, tuple[int, ...]]:
+def _shapes(model: RoutingShape, scales: int, context: int, features: int, inner: int) -> dict[str, tuple[int, ...]]:
     """Of all arrays by name."""
     layers, experts, _ = model
     return {

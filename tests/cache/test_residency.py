@@ -89,6 +89,32 @@ def test_next_use_evicts_the_layer_that_is_needed_last() -> None:
     assert 6 not in lru.resident(), "LRU throws out what is needed next"
 
 
+def test_what_a_predictor_says_of_waits_decides() -> None:
+    residency = Residency(2, 4, 3, 1, "probabilistic_belady")
+    for expert in range(3):
+        _step(residency, 0, [expert])
+    waits = np.array([[2.0, 3.0, 0.5, 9.0], [0.0] * 4], np.float32)
+    residency.foresee(np.zeros((2, 4), np.float32), waits=waits)
+    _step(residency, 1, [4])
+    assert sorted(residency.resident()) == [0, 2, 4]
+    waits[0] = [0.2, 0.0, 0.3, 0.0]  # layer 1 has just run: its turn comes after layer 0's
+    residency.foresee(np.zeros((2, 4), np.float32), waits=waits)
+    _step(residency, 1, [5])
+    assert sorted(residency.resident()) == [0, 2, 5]
+
+
+def test_td_next_use_learns_what_is_used_some_tokens_after_an_expert() -> None:
+    """Experts 0, 1, 2, 3 take turns: when the third is needed, the first is needed next and the second last."""
+    residency = Residency(1, 4, 3, 1, "td_next_use")
+    for token in range(400):
+        _step(residency, 0, [token % 4])
+    assert residency.counts()[Count.MISSES] > 100
+    residency.reset_counts()
+    for token in range(400, 1200):
+        _step(residency, 0, [token % 4])
+    assert residency.counts()[Count.MISSES] / 800 == pytest.approx(1 / 3, abs=0.02), "as few as Belady's"
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_demand_larger_than_the_cache_is_served_in_waves(policy: str) -> None:
     residency = Residency(2, 8, 3, 2, policy)

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from harness.search.space import Setting, Space
-from runtime.profile import POLICIES, Profile
+from harness.search.space import POLICIES, Setting, Space
+from runtime.profile import Profile
 
 BASE = Profile.default()
 

@@ -149,6 +149,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--concurrency", "0"], "at least 1"),
         (["--set", "cache.slots"], "KEY=VALUE"),
         (["--set", "cache.polcy=lru"], "cache.policy"),
+        (["--set", "numerics=lossy.substitute"], "harness.quality"),
         (["--resume"], "--out"),
         (["--resume", "--out", "nowhere"], "holds no run"),
         (["--workload", "missing.jsonl"], "cannot be read"),
