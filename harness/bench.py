@@ -34,8 +34,8 @@ from harness.measure.memory_check import check_memory
 from harness.measure.process import Spec
 from harness.measure.workload import TokenRequest, cut, load_workload
 from runtime import machine
-from runtime.build import ModelFacts, describe
 from runtime.errors import UsageError, cli_main
+from runtime.facts import ModelFacts, describe
 from runtime.model import checkpoint_files
 from runtime.profile import load_profile
 

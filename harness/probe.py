@@ -15,7 +15,7 @@ from runtime.errors import DeviceError, cli_main
 from runtime.machine import format_bytes
 
 if TYPE_CHECKING:
-    from runtime.build import ModelFacts
+    from runtime.facts import ModelFacts
 
 DEMO_EXPERT_BYTES = 1 << 20
 """Of the widened demo model that is probed and tuned where no other is named."""
@@ -128,7 +128,7 @@ def _run(options: argparse.Namespace) -> None:
     nvml = read_gpus()
     if options.gpu is not None:
         check_gpu(options.gpu, nvml)
-    from runtime.build import describe
+    from runtime.facts import describe
 
     model = options.model or default_model()
     probe = take_probe(model, describe(model), nvml)

@@ -115,14 +115,15 @@ def _requests(arguments: argparse.Namespace, workload: Workload, engine: Engine)
 def _exact(ours: Engine) -> Engine:
     """The whole model where it fits beside `ours`; else another engine with exact numerics: equal to the bit."""
     from runtime import build, machine
+    from runtime.facts import BUFFER_BYTES, describe
 
-    profile, facts = ours.profile, build.describe(ours.source)
+    profile, facts = ours.profile, describe(ours.source)
     num_bytes = facts.dense_bytes + facts.num_experts_total * facts.expert_bytes
     # Slots that nothing was loaded into yet do not show in what is free.
     room = machine.available_memory_bytes() - int(profile.cache.slots or 0) * facts.slot_bytes
     if RESIDENT_FACTOR * num_bytes <= room:
         return build.load_reference(profile, ours.source)
-    slots = machine.slots_that_fit(room, facts.dense_bytes, facts.slot_bytes, 0, build.BUFFER_BYTES)
+    slots = machine.slots_that_fit(room, facts.dense_bytes, facts.slot_bytes, 0, BUFFER_BYTES)
     _say(f"the whole model does not fit beside the engine; the exact one is offloaded too, with {slots} slots")
     overrides = {"cache.slots": min(slots, facts.num_experts_total), "limits": None, "numerics": "exact"}
     return build.load(profile, ours.source, overrides=overrides)

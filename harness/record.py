@@ -188,8 +188,9 @@ def _tokenizer(target: Target) -> Any:
 def _open(target: Target) -> Engine:
     """The whole model where it fits, which is faster; else with its experts offloaded. The routing is the same."""
     from runtime import build, machine
+    from runtime.facts import describe
 
-    facts = build.describe(target.checkpoint)
+    facts = describe(target.checkpoint)
     num_bytes = facts.dense_bytes + facts.num_experts_total * facts.expert_bytes
     limit = machine.available_memory_bytes()
     if target.profile.limits is not None and target.profile.limits.max_memory_bytes is not None:

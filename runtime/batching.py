@@ -19,9 +19,9 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from transformers.generation.continuous_batching.scheduler import Scheduler as TransformersScheduler
 
 from runtime import machine
-from runtime.build import DEFAULT_CONTEXT
 from runtime.engine import Engine
 from runtime.errors import BudgetError
+from runtime.facts import DEFAULT_CONTEXT
 from runtime.passes import Composition, PassTracker
 from runtime.planning import Planner, Situation
 from runtime.prompts import PromptRequest, Served

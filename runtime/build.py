@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from runtime import machine
 from runtime.cache.coordinator import Coordinator
@@ -20,7 +17,8 @@ from runtime.cache.residency import Residency
 from runtime.engine import Engine
 from runtime.errors import BudgetError, ProfileError, UnsupportedModelError
 from runtime.experts import IMPLEMENTATION, KERNELS, ExpertSource, Kernel, LayerRunner, ResidentSource, register
-from runtime.model import LoadedModel, load_offloaded, load_resident, meta_model, routers_and_norms
+from runtime.facts import ModelFacts, describe, pool_layers, resolve, top_k_of, wanted_slots
+from runtime.model import LoadedModel, load_offloaded, load_resident, routers_and_norms
 from runtime.passes import PassTracker
 from runtime.pool import OffloadedSource, Pool
 from runtime.predictors.artifact import RoutingShape
@@ -34,7 +32,7 @@ from runtime.predictors.gate_lookahead import (
 )
 from runtime.predictors.make import PredictorSpec, make_predictor
 from runtime.predictors.params import LEARNING
-from runtime.profile import LOSSY, MachineFacts, ModelIdentity, Profile, load_profile, match_profile
+from runtime.profile import LOSSY, MachineFacts, Profile, load_profile, match_profile
 from runtime.schedulers.base import Scheduler
 from runtime.schedulers.deadline import Deadline
 from runtime.schedulers.fifo import Fifo
@@ -42,65 +40,8 @@ from runtime.schedulers.route_overlap import QUANTUM, RouteOverlap
 from runtime.substitute import PHASES, Substitution, substitution_of
 from runtime.transfer.disk import DiskTransfer
 from runtime.transfer.slots import SlotArena
-from runtime.transfer.store import ExpertLayer, ExpertStore
+from runtime.transfer.store import ExpertStore
 from runtime.vocabulary import Load, Phase
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What can be said of a checkpoint without loading its weights. Bytes are those of the dtype it is computed in."""
-
-    identity: ModelIdentity
-    config: PreTrainedConfig
-    num_experts_total: int
-    num_pools: int
-    top_k: int
-    expert_bytes: int
-    slot_bytes: int
-    dense_bytes: int
-    dtype: torch.dtype
-
-
-def describe(model: str | Path, *, dtype: torch.dtype | str = "auto") -> ModelFacts:
-    """Facts of a checkpoint folder or hub id; raises what loading it would raise for a model that cannot be served."""
-    loaded = meta_model(str(model), dtype=dtype)
-    return _facts(loaded)
-
-
-def _facts(loaded: LoadedModel) -> ModelFacts:
-    layers, config = loaded.layers, loaded.model.config
-    expert_bytes = max(layer.expert_bytes for layer in layers)
-    dense = {id(p): p.numel() * p.element_size() for p in loaded.model.parameters()}
-    top_k = top_k_of(config) or 1
-    identity = ModelIdentity(
-        architecture=type(loaded.model).__name__,
-        layers=len(layers),
-        experts=layers[0].num_experts,
-        top_k=top_k,
-        expert_bytes=expert_bytes,
-        dtype=str(layers[0].parameters[0].dtype).removeprefix("torch."),
-    )
-    return ModelFacts(
-        identity=identity,
-        config=config,
-        num_experts_total=sum(layer.num_experts for layer in layers),
-        num_pools=len(pool_layers(layers)),
-        top_k=top_k,
-        expert_bytes=expert_bytes,
-        slot_bytes=max(layer.slot_bytes for layer in layers),
-        dense_bytes=sum(dense.values()),
-        dtype=layers[0].parameters[0].dtype,
-    )
-
-
-def top_k_of(config: PreTrainedConfig) -> int | None:
-    """Experts per token, by the names that transformers' configurations use."""
-    text = config.get_text_config()
-    for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"):
-        value = getattr(text, name, None)
-        if value is not None:
-            return int(max(value) if isinstance(value, (list, tuple)) else value)
-    return None
 
 
 def load(
@@ -202,52 +143,6 @@ def route_predictor(engine: Engine, artifact: Path, params: Mapping[str, Any] | 
     return found
 
 
-def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
-    """The profile with its number of slots settled against the memory that is free now, and notes on what was changed.
-
-    Raises:
-        BudgetError: not even one slot fits.
-    """
-    wanted = _wanted_slots(profile.cache.slots, facts.num_experts_total)
-    limit = machine.resident_bytes() + machine.available_memory_bytes()
-    if profile.limits is not None and profile.limits.max_memory_bytes is not None:
-        limit = min(limit, profile.limits.max_memory_bytes)
-    fit = machine.slots_that_fit(
-        limit,
-        dense_bytes=facts.dense_bytes,
-        slot_bytes=facts.slot_bytes,
-        kv_bytes=_kv_bytes(profile, facts),
-        buffer_bytes=machine.resident_bytes() + BUFFER_BYTES,
-    )
-    wanted = min(wanted, facts.num_experts_total)
-    slots = min(wanted, fit)
-    notes = []
-    if slots < wanted and profile.cache.slots is not None:
-        notes.append(f"{wanted} slots asked for, {slots} fit the memory: {machine.format_bytes(limit)} in all")
-    return profile.with_overrides({"cache.slots": slots}), notes
-
-
-# Activations, the tokenizer, and what loading takes for a moment beside the weights (measured, results/LOG.md).
-BUFFER_BYTES = 112 << 20
-DEFAULT_CONTEXT = 4096  # tokens of KV cache that are allowed for where the profile does not say
-
-
-def _kv_bytes(profile: Profile, facts: ModelFacts) -> int:
-    """What the profile sets aside, else the upper bound for its context and group."""
-    if profile.cache.kv_bytes is not None:
-        return profile.cache.kv_bytes
-    context = (profile.workload.context if profile.workload is not None else None) or DEFAULT_CONTEXT
-    return machine.kv_cache_bytes(facts.config, context, profile.scheduler.group, dtype_bytes=facts.dtype.itemsize)
-
-
-def _wanted_slots(slots: int | str | None, num_experts: int) -> int:
-    if slots is None:
-        return num_experts
-    if isinstance(slots, str):
-        return max(1, round(num_experts * float(slots.rstrip("%")) / 100))
-    return slots
-
-
 def _profile_and_checkpoint(source: str | Path | Profile, model: str | Path | None) -> tuple[Profile, str]:
     is_profile = isinstance(source, Profile) or str(source).endswith((".yaml", ".yml"))
     if not is_profile:
@@ -300,14 +195,6 @@ def _install(
     return runners, kernels
 
 
-def pool_layers(layers: Sequence[ExpertLayer]) -> list[list[int]]:
-    """The layers (indices) of each pool: those whose experts have the same parameters share slots."""
-    members: dict[Any, list[int]] = defaultdict(list)
-    for index, layer in enumerate(layers):
-        members[layer.parameters].append(index)
-    return list(members.values())
-
-
 def _build_pools(
     loaded: LoadedModel, profile: Profile, facts: ModelFacts, passes: PassTracker, needed: list[Load] | None
 ) -> tuple[list[Pool], list[OffloadedSource], list[str]]:
@@ -315,7 +202,7 @@ def _build_pools(
     pools: list[Pool] = []
     sources: dict[int, OffloadedSource] = {}
     notes: list[str] = []
-    total = _wanted_slots(profile.cache.slots, facts.num_experts_total)
+    total = wanted_slots(profile.cache.slots, facts.num_experts_total)
     members = pool_layers(loaded.layers)
     if total < len(members):
         raise BudgetError(f"{total} slots for {len(members)} shapes of experts: each needs at least 1; raise the limit")

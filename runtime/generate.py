@@ -109,7 +109,7 @@ def _requests(options: argparse.Namespace, prompts: Sequence[Prompt]) -> list[Pr
     from transformers import AutoTokenizer
 
     from runtime.batching import context_of
-    from runtime.build import describe
+    from runtime.facts import describe
     from runtime.profile import load_profile
 
     checkpoint = options.model

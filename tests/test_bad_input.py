@@ -14,7 +14,7 @@ from tiny import save_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime import build
-from runtime.build import describe
+from runtime.facts import describe
 from runtime.generate import main
 from runtime.profile import Profile, save_profile
 

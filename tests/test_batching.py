@@ -23,8 +23,9 @@ from transformers import ContinuousBatchingConfig
 import runtime
 from harness.measure.equality import MOST_MARGIN, first_difference, generate_alone
 from runtime import batching, machine, serving
-from runtime.build import build_scheduler, describe
+from runtime.build import build_scheduler
 from runtime.errors import BudgetError, PromptError, TransferError, UnsupportedModelError
+from runtime.facts import describe
 from runtime.predictors.artifact import RoutingShape, write_artifact
 from runtime.predictors.routing_path import RoutingPath, RoutingPathNetwork, Sizes
 from runtime.profile import Profile

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 import runtime
 from runtime import machine
-from runtime.build import BUFFER_BYTES, describe, resolve
 from runtime.errors import UnsupportedModelError
+from runtime.facts import BUFFER_BYTES, describe, resolve
 from runtime.generate import main
 from runtime.profile import Profile, save_profile
 from runtime.trace import read_trace

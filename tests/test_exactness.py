@@ -15,10 +15,10 @@ from families import FAMILIES, UNSUPPORTED, Family, realign
 from transformers import PreTrainedModel
 
 import runtime
-from runtime.build import ModelFacts, describe, top_k_of
 from runtime.engine import Engine
 from runtime.errors import TraceError, UnsupportedModelError
 from runtime.experts import KERNELS as KERNEL_CLASSES
+from runtime.facts import ModelFacts, describe, top_k_of
 from runtime.model import model_class
 from runtime.vocabulary import Phase
 

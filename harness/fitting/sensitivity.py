@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from harness.fitting.base import FitOptions
 from harness.measure.workload import Passage, Workload, load_workload
-from runtime.build import describe, load
+from runtime.build import load
 from runtime.engine import Engine
 from runtime.errors import UsageError
+from runtime.facts import describe
 from runtime.predictors.artifact import RoutingShape
 
 THRESHOLD = 0.85

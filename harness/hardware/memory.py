@@ -14,7 +14,7 @@ from runtime import machine
 from runtime.machine import MemorySum
 
 if TYPE_CHECKING:
-    from runtime.build import ModelFacts
+    from runtime.facts import ModelFacts
 
 
 _PROGRAM_BYTES = 16 << 20
@@ -74,11 +74,11 @@ class MemoryModel:
         """The sum that `runtime.build` makes on loading, for a process that is yet to start.
 
         Args:
-            facts: `runtime.build.describe`.
+            facts: `runtime.facts.describe`.
             process_bytes: resident memory of a process that has imported the engine and loaded nothing.
             context: tokens of the longest sequence.
         """
-        from runtime.build import BUFFER_BYTES
+        from runtime.facts import BUFFER_BYTES
 
         kv_bytes = machine.kv_cache_bytes(facts.config, context, batch=1, dtype_bytes=facts.dtype.itemsize)
         buffer_bytes = process_bytes + BUFFER_BYTES + _PROGRAM_BYTES

@@ -21,8 +21,8 @@ from harness.measure.batch_file import ResultFile
 from harness.measure.limits import ModelBytes
 from harness.measure.process import Spec
 from harness.measure.workload import TokenRequest, cut, load_workload
-from runtime.build import ModelFacts, describe
 from runtime.errors import UsageError
+from runtime.facts import ModelFacts, describe
 from runtime.model import checkpoint_files
 
 DEMO_EXPERT_BYTES = 6 << 20

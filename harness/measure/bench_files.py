@@ -13,7 +13,7 @@ from harness.measure.blocks import Row
 from harness.measure.contest import Contest
 from harness.measure.limits import Limit
 from harness.measure.provenance import provenance
-from runtime.build import ModelFacts
+from runtime.facts import ModelFacts
 from runtime.files import write_atomic
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from harness.hardware.bound import DecodeWork, Ladder, oracle_misses
 from harness.measure.blocks import Row, agreement, paired
 from harness.measure.stats import Ratio, median
-from runtime.build import ModelFacts
+from runtime.facts import ModelFacts
 from runtime.machine import format_bytes
 
 LABELS = {

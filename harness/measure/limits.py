@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runtime.build import BUFFER_BYTES
 from runtime.errors import BudgetError, UsageError
+from runtime.facts import BUFFER_BYTES
 from runtime.machine import format_bytes
 
 # The reserve that the engine itself keeps: with less it would take fewer slots than asked for.

@@ -18,9 +18,7 @@ from typing import Any, Literal
 from harness.measure.cgroup import MemoryCgroup, memory_cgroup
 from runtime.errors import ExpertFlowError
 
-Kind = Literal[
-    "engine", "reference", "resident", "accelerate_experts", "accelerate_layers", "batch", "batch_resident"
-]
+Kind = Literal["engine", "reference", "resident", "accelerate_experts", "accelerate_layers", "batch", "batch_resident"]
 
 LOAD_TIMEOUT_S = 600.0
 _ROOT = Path(__file__).parents[2]

@@ -22,8 +22,8 @@ from harness.search.space import Setting, Space
 from harness.search.study import Study, open_storage, remembered
 from harness.search.trial import TrialRunner, TrialSpec, Work, bare_process, measure
 from runtime import machine
-from runtime.build import ModelFacts, describe
 from runtime.errors import ExpertFlowError, UsageError
+from runtime.facts import ModelFacts, describe
 from runtime.profile import LOSSY, Profile
 
 _SETUP_TIMEOUT_S = 900.0

@@ -94,7 +94,7 @@ def test_a_right_forecast_turns_misses_into_hits() -> None:
 
 
 def test_a_slot_that_a_layer_frees_goes_to_what_is_still_wanted() -> None:
-    """ExpertFlow's example: 4 slots, 3 experts in one layer and 2 forecast in the next; the fifth takes a freed slot."""
+    """ExpertFlow's example: 4 slots, 3 experts in one layer, 2 forecast in the next; the fifth takes a freed slot."""
     coordinator = _coordinator(4, Fixed([[], [3, 4], [], []]), depth=1)
     groups = coordinator.serve(0, [0, 1, 2], [1] * 3, _observation())
     assert list(next(iter(groups))) == [0]

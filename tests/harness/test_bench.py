@@ -24,8 +24,8 @@ from harness.measure.limits import MARGIN_BYTES, Limit, ModelBytes, make_limit, 
 from harness.measure.memory_check import MemoryCheck
 from harness.measure.process import ContenderFailed, Spec, start
 from harness.measure.workload import TokenRequest
-from runtime.build import ModelFacts
 from runtime.errors import BudgetError, UsageError
+from runtime.facts import ModelFacts
 from runtime.model import meta_model
 from runtime.profile import ModelIdentity
 

@@ -1,0 +1,130 @@
+"""What can be said before weights are loaded: facts of a checkpoint, and how many slots its memory holds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from runtime import machine
+from runtime.model import LoadedModel, meta_model
+from runtime.profile import ModelIdentity, Profile
+from runtime.transfer.store import ExpertLayer
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What can be said of a checkpoint without loading its weights. Bytes are those of the dtype it is computed in."""
+
+    identity: ModelIdentity
+    config: PreTrainedConfig
+    num_experts_total: int
+    num_pools: int
+    top_k: int
+    expert_bytes: int
+    slot_bytes: int
+    dense_bytes: int
+    dtype: torch.dtype
+
+
+def describe(model: str | Path, *, dtype: torch.dtype | str = "auto") -> ModelFacts:
+    """Facts of a checkpoint folder or hub id; raises what loading it would raise for a model that cannot be served."""
+    loaded = meta_model(str(model), dtype=dtype)
+    return facts_of(loaded)
+
+
+def facts_of(loaded: LoadedModel) -> ModelFacts:
+    """Of a model whose class is known and whose weights may be anywhere."""
+    layers, config = loaded.layers, loaded.model.config
+    expert_bytes = max(layer.expert_bytes for layer in layers)
+    dense = {id(p): p.numel() * p.element_size() for p in loaded.model.parameters()}
+    top_k = top_k_of(config) or 1
+    identity = ModelIdentity(
+        architecture=type(loaded.model).__name__,
+        layers=len(layers),
+        experts=layers[0].num_experts,
+        top_k=top_k,
+        expert_bytes=expert_bytes,
+        dtype=str(layers[0].parameters[0].dtype).removeprefix("torch."),
+    )
+    return ModelFacts(
+        identity=identity,
+        config=config,
+        num_experts_total=sum(layer.num_experts for layer in layers),
+        num_pools=len(pool_layers(layers)),
+        top_k=top_k,
+        expert_bytes=expert_bytes,
+        slot_bytes=max(layer.slot_bytes for layer in layers),
+        dense_bytes=sum(dense.values()),
+        dtype=layers[0].parameters[0].dtype,
+    )
+
+
+def top_k_of(config: PreTrainedConfig) -> int | None:
+    """Experts per token, by the names that transformers' configurations use."""
+    text = config.get_text_config()
+    for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"):
+        value = getattr(text, name, None)
+        if value is not None:
+            return int(max(value) if isinstance(value, (list, tuple)) else value)
+    return None
+
+
+def pool_layers(layers: Sequence[ExpertLayer]) -> list[list[int]]:
+    """The layers (indices) of each pool: those whose experts have the same parameters share slots."""
+    members: dict[Any, list[int]] = defaultdict(list)
+    for index, layer in enumerate(layers):
+        members[layer.parameters].append(index)
+    return list(members.values())
+
+
+def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
+    """The profile with its number of slots settled against the memory that is free now, and notes on what was changed.
+
+    Raises:
+        BudgetError: not even one slot fits.
+    """
+    wanted = wanted_slots(profile.cache.slots, facts.num_experts_total)
+    limit = machine.resident_bytes() + machine.available_memory_bytes()
+    if profile.limits is not None and profile.limits.max_memory_bytes is not None:
+        limit = min(limit, profile.limits.max_memory_bytes)
+    fit = machine.slots_that_fit(
+        limit,
+        dense_bytes=facts.dense_bytes,
+        slot_bytes=facts.slot_bytes,
+        kv_bytes=_kv_bytes(profile, facts),
+        buffer_bytes=machine.resident_bytes() + BUFFER_BYTES,
+    )
+    wanted = min(wanted, facts.num_experts_total)
+    slots = min(wanted, fit)
+    notes = []
+    if slots < wanted and profile.cache.slots is not None:
+        notes.append(f"{wanted} slots asked for, {slots} fit the memory: {machine.format_bytes(limit)} in all")
+    return profile.with_overrides({"cache.slots": slots}), notes
+
+
+# Activations, the tokenizer, and what loading takes for a moment beside the weights (measured, results/LOG.md).
+BUFFER_BYTES = 112 << 20
+DEFAULT_CONTEXT = 4096  # tokens of KV cache that are allowed for where the profile does not say
+
+
+def _kv_bytes(profile: Profile, facts: ModelFacts) -> int:
+    """What the profile sets aside, else the upper bound for its context and group."""
+    if profile.cache.kv_bytes is not None:
+        return profile.cache.kv_bytes
+    context = (profile.workload.context if profile.workload is not None else None) or DEFAULT_CONTEXT
+    return machine.kv_cache_bytes(facts.config, context, profile.scheduler.group, dtype_bytes=facts.dtype.itemsize)
+
+
+def wanted_slots(slots: int | str | None, num_experts: int) -> int:
+    """What `cache.slots` asks for; None: all."""
+    if slots is None:
+        return num_experts
+    if isinstance(slots, str):
+        return max(1, round(num_experts * float(slots.rstrip("%")) / 100))
+    return slots
