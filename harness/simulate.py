@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     _check_counts(arguments)
     trace = read_trace(arguments.trace)
+    if arguments.expert_bytes is not None:
+        trace = replace(trace, meta={**trace.meta, "expert_bytes": parse_bytes(arguments.expert_bytes)})
     settings = _settings(arguments, trace)
     if arguments.held_out:
         trace = held_out(trace, artifacts_by_kind(arguments.artifact, trace), FitOptions()).judged
@@ -179,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", type=int, help="requests decoded together; default: the passes of the recorded run")
     parser.add_argument("--max-tokens", type=int, help="stop after about that many tokens")
+    parser.add_argument("--expert-bytes", metavar="SIZE", help="what a load moves, such as 6MiB; default: the trace's")
     parser.add_argument("--bandwidth", default="3GB", help="bytes per second of the link (%(default)s)")
     parser.add_argument("--expert-ms", type=float, default=0.5, help="computing one expert (%(default)s)")
     parser.add_argument("--layer-ms", type=float, default=1.5, help="the rest of a layer (%(default)s)")
