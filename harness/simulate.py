@@ -162,7 +162,7 @@ def _way(result: ReplayResult, lru: ReplayResult | None, belady: ReplayResult | 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.simulate", description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, required=True, help="a routing trace (.npz)")
-    parser.add_argument("--policy", default="lru,next_use,belady", help=f"of {', '.join(ALL_POLICIES)}; or all")
+    parser.add_argument("--policy", default="lru,next_use,td_next_use,belady", help=f"of {', '.join(ALL_POLICIES)}; or all")
     parser.add_argument("--slots", default=DEFAULT_SLOTS, help="counts or shares of all experts (%(default)s)")
     parser.add_argument("--predictor", default="none", help=f"of {', '.join(PREDICTORS)} (%(default)s)")
     parser.add_argument(

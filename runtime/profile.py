@@ -157,7 +157,7 @@ class Cache(_Section):
     """Expert slots over all layers, or a share of all experts such as "25%"; None: as many as fit the memory."""
     kv_bytes: ByteCount | None = None
     """Memory set aside for the KV cache."""
-    policy: Annotated[str, _one_of("policy", POLICIES)] = "next_use"
+    policy: Annotated[str, _one_of("policy", POLICIES)] = "td_next_use"
     """Eviction policy."""
     params: Params = {}
     """Of the policy."""

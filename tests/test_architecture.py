@@ -26,6 +26,7 @@ DECISION = (
     "runtime.predictors.params",
     "runtime.predictors.periodic",
     "runtime.predictors.previous_token",
+    "runtime.predictors.sequence",
     "runtime.schedulers.base",
     "runtime.schedulers.deadline",
     "runtime.schedulers.estimates",

@@ -76,6 +76,7 @@ class ReplayResult:
         cache = self.cache
         return {
             **asdict(self.setting),
+            "artifact": None if self.setting.artifact is None else Path(self.setting.artifact).name,
             "events": cache.num_layer_steps,
             "hits": cache.num_hits,
             "in_flight": cache.num_in_flight,

@@ -96,8 +96,9 @@ class Collection:
         for own, num_tokens in zip(matches, tokens.tolist(), strict=True):
             if own is not None:
                 weights[own] += num_tokens / self._tokens[own].sum()
-        used = np.flatnonzero(weights)
-        found: Forecast = np.tensordot(weights[used], self._matrices[used], 1)
+        found: Forecast = np.zeros(self._matrices.shape[1:], np.float32)
+        for used in np.flatnonzero(weights):  # one by one: a matrix product rounds as the processor's BLAS does
+            found += weights[used] * self._matrices[used]
         return found
 
 

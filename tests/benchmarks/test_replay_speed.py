@@ -44,7 +44,7 @@ def schedule() -> Schedule:
     return found
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfru", "next_use", "plec"])
+@pytest.mark.parametrize("policy", ["lru", "lfru", "next_use", "td_next_use", "plec"])
 def test_compiled_replay(schedule: Schedule, rate: Rate, policy: str) -> None:
     result = rate("layer_events", TOKENS * LAYERS, lambda: replay(schedule, Setting(policy, SLOTS), TIMING))
     assert result.cache.num_hits + result.cache.num_misses == TOKENS * LAYERS * TOP_K
