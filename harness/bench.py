@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from harness.demo.widen import default_cache, widened
 from harness.hardware.bound import Ladder
@@ -36,7 +35,7 @@ from harness.measure.workload import TokenRequest, cut, load_workload
 from runtime import machine
 from runtime.errors import UsageError, cli_main
 from runtime.facts import ModelFacts, describe
-from runtime.model import checkpoint_files
+from runtime.model import checkpoint_files, read_tokenizer
 from runtime.profile import load_profile
 
 CONTENDERS = ("ours", "resident", "accelerate_experts", "accelerate_layers", "on_demand")
@@ -106,11 +105,7 @@ def _setup(options: argparse.Namespace) -> Setup:
     slots = options.slots or (None if profile is None else profile.cache.slots) or "25%"
     threads = options.threads or (1 if profile is None else profile.compute.threads)
     path = None if options.profile is None else str(options.profile)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{model} has no tokenizer that can be loaded, which text needs: {error}") from error
-    return Setup(names, model, path, facts, sizes, sizes.slots_of(str(slots)), threads, tokenizer)
+    return Setup(names, model, path, facts, sizes, sizes.slots_of(str(slots)), threads, read_tokenizer(model))
 
 
 def _contest(setup: Setup, options: argparse.Namespace, warm: TokenRequest, use_cgroup: bool, scratch: Path) -> Contest:

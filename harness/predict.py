@@ -32,7 +32,7 @@ from harness.measure.prediction import (
 from harness.measure.replay import PREDICTORS, Schedule, Setting, artifacts_by_kind, predictor_of
 from harness.report.predictors import predictors_text
 from runtime.errors import UsageError, cli_main
-from runtime.files import write_atomic
+from runtime.files import check_writable, write_atomic
 from runtime.predictors.base import Predictor
 from runtime.predictors.params import TRAINED, default_period
 from runtime.predictors.previous_token import PreviousToken
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     _check(arguments)
+    check_writable("--csv", arguments.csv)
     trace = joined([read_trace(path) for path in arguments.trace])
     artifacts = artifacts_by_kind(arguments.artifact, trace)
     names = _names(arguments, trace, artifacts)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from runtime.engine import Engine
 
 TOKENS, PROMPT_TOKENS, OUTPUT_TOKENS = 2048, 64, 64
-RESIDENT_FACTOR = 1.3  # of a model's bytes, to load and run it whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,14 +94,10 @@ def _requests(arguments: argparse.Namespace, workload: Workload, engine: Engine)
     length, context = arguments.prompt_tokens + arguments.output_tokens, context_of(engine.model.config)
     if context is not None and length > context:
         raise UsageError(f"texts of {length} tokens are above the {context} of the model's context")
-    try:
-        tokenizer = engine.tokenizer
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{engine.source} has no tokenizer that can be loaded, which text needs: {error}") from error
     num_requests = -(-arguments.tokens // arguments.output_tokens)
     *whole, last = cut(
         workload,
-        tokenizer,
+        engine.tokenizer,
         prompt_tokens=arguments.prompt_tokens,
         output_tokens=arguments.output_tokens,
         num_requests=num_requests,
@@ -115,13 +110,12 @@ def _requests(arguments: argparse.Namespace, workload: Workload, engine: Engine)
 def _exact(ours: Engine) -> Engine:
     """The whole model where it fits beside `ours`; else another engine with exact numerics: equal to the bit."""
     from runtime import build, machine
-    from runtime.facts import BUFFER_BYTES, describe
+    from runtime.facts import BUFFER_BYTES, RESIDENT_FACTOR, describe
 
     profile, facts = ours.profile, describe(ours.source)
-    num_bytes = facts.dense_bytes + facts.num_experts_total * facts.expert_bytes
     # Slots that nothing was loaded into yet do not show in what is free.
     room = machine.available_memory_bytes() - int(profile.cache.slots or 0) * facts.slot_bytes
-    if RESIDENT_FACTOR * num_bytes <= room:
+    if RESIDENT_FACTOR * facts.model_bytes <= room:
         return build.load_reference(profile, ours.source)
     slots = machine.slots_that_fit(room, facts.dense_bytes, facts.slot_bytes, 0, BUFFER_BYTES)
     _say(f"the whole model does not fit beside the engine; the exact one is offloaded too, with {slots} slots")

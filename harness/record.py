@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 PROMPT_TOKENS, OUTPUT_TOKENS, PREFILL_TOKENS, NEW_TOKENS, MAX_TOKENS = 64, 192, 1024, 64, 16384
 DEMO_NAME = "expertflow-demo"
 DEMO_LICENCE = "public domain, PostgreSQL, PSF-2.0, BSD-3-Clause, MIT: see harness/demo/model/README.md"
-RESIDENT_FACTOR = 1.3  # of a model's bytes, to load and run it whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,10 +127,11 @@ def _requests(arguments: argparse.Namespace, target: Target) -> tuple[list[Promp
 
 def _from_prompts(arguments: argparse.Namespace, target: Target) -> tuple[list[PromptRequest], dict[str, Any]]:
     from harness.measure.recording import prompt_requests
+    from runtime.model import read_tokenizer
     from runtime.prompts import check_requests, read_prompts
 
     prompts = read_prompts(arguments.prompts)
-    found = prompt_requests(prompts, _tokenizer(target), arguments.generate or NEW_TOKENS)
+    found = prompt_requests(prompts, read_tokenizer(target.checkpoint), arguments.generate or NEW_TOKENS)
     check_requests(found, _context(target))
     return found, {"source": f"greedy generation after the prompts of {arguments.prompts.name}"}
 
@@ -139,6 +139,7 @@ def _from_prompts(arguments: argparse.Namespace, target: Target) -> tuple[list[P
 def _from_text(arguments: argparse.Namespace, target: Target) -> tuple[list[PromptRequest], dict[str, Any]]:
     from harness.measure.recording import text_requests
     from harness.measure.workload import load_workload, passages
+    from runtime.model import read_tokenizer
 
     workload, part = load_workload(arguments.workload), arguments.part or "search"
     prompt_tokens = arguments.prompt_tokens or (PREFILL_TOKENS if arguments.prefill else PROMPT_TOKENS)
@@ -149,7 +150,9 @@ def _from_text(arguments: argparse.Namespace, target: Target) -> tuple[list[Prom
             f"{prompt_tokens} prompt tokens and {output_tokens} more are above the {context} of the model's context"
         )
     chosen = _of_tasks(passages(workload, _PARTS[part]), arguments.task)
-    found = text_requests(chosen, _tokenizer(target), prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    found = text_requests(
+        chosen, read_tokenizer(target.checkpoint), prompt_tokens=prompt_tokens, output_tokens=output_tokens
+    )
     if not found:
         raise UsageError(f"the workload {workload.name} has no text of 2 tokens or more in its part {part!r}")
     text = "held-out text of the demo" if arguments.workload is None else arguments.workload.name
@@ -176,27 +179,17 @@ def _context(target: Target) -> int | None:
     return context_of(read_config(target.checkpoint))
 
 
-def _tokenizer(target: Target) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(target.checkpoint)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{target.name} has no tokenizer that can be loaded, which text needs: {error}") from error
-
-
 def _open(target: Target) -> Engine:
     """The whole model where it fits, which is faster; else with its experts offloaded. The routing is the same."""
     from runtime import build, machine
-    from runtime.facts import describe
+    from runtime.facts import RESIDENT_FACTOR, describe
 
     facts = describe(target.checkpoint)
-    num_bytes = facts.dense_bytes + facts.num_experts_total * facts.expert_bytes
     limit = machine.available_memory_bytes()
     if target.profile.limits is not None and target.profile.limits.max_memory_bytes is not None:
         limit = min(limit, target.profile.limits.max_memory_bytes)
-    size, room = machine.format_bytes(num_bytes), machine.format_bytes(limit)
-    if RESIDENT_FACTOR * num_bytes <= limit:
+    size, room = machine.format_bytes(facts.model_bytes), machine.format_bytes(limit)
+    if RESIDENT_FACTOR * facts.model_bytes <= limit:
         _say(f"{target.name}: all {size} in memory ({room} are free)")
         return build.load_reference(target.profile, target.checkpoint)
     engine = build.load(target.profile, target.checkpoint)

@@ -21,7 +21,7 @@ from harness.fitting.heldout import held_out
 from harness.measure.replay import PREDICTORS, ReplayResult, Schedule, Setting, Timing, artifacts_by_kind, replay
 from runtime.cache.policies import ORACLE, POLICIES
 from runtime.errors import UsageError, cli_main
-from runtime.files import write_atomic
+from runtime.files import check_writable, write_atomic
 from runtime.machine import parse_bytes
 from runtime.predictors.params import default_period
 from runtime.trace import RoutingTrace, read_trace
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     _check_counts(arguments)
+    check_writable("--csv", arguments.csv)
+    check_writable("--plot", arguments.plot)
     trace = read_trace(arguments.trace)
     if arguments.expert_bytes is not None:
         trace = replace(trace, meta={**trace.meta, "expert_bytes": parse_bytes(arguments.expert_bytes)})
@@ -58,14 +60,21 @@ def _run(arguments: argparse.Namespace) -> int:
                 print(json.dumps(done.as_dict()), flush=True)
     table = pd.DataFrame([result.as_dict() for result in results])
     if arguments.csv:
-        write_atomic(arguments.csv, table.to_csv(index=False))
+        _write("--csv", arguments.csv, table.to_csv(index=False))
     if arguments.plot:
         from harness.report.plots import replays_png
 
-        write_atomic(arguments.plot, replays_png(table, trace.num_layers * trace.num_experts))
+        _write("--plot", arguments.plot, replays_png(table, trace.num_layers * trace.num_experts))
     if not arguments.json:
         print(_text(results, trace))
     return 0
+
+
+def _write(option: str, path: Path, data: bytes | str) -> None:
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
@@ -75,6 +84,9 @@ def _check_counts(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     if arguments.depth < 0:
         raise UsageError(f"--depth {arguments.depth}: 0 (forecasts for eviction only) or more")
+    for name in ("expert_ms", "layer_ms"):
+        if not 0 <= getattr(arguments, name) < float("inf"):
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: 0 or more is needed")
 
 
 def _settings(arguments: argparse.Namespace, trace: RoutingTrace) -> list[Setting]:
@@ -162,7 +174,9 @@ def _way(result: ReplayResult, lru: ReplayResult | None, belady: ReplayResult | 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.simulate", description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, required=True, help="a routing trace (.npz)")
-    parser.add_argument("--policy", default="lru,next_use,td_next_use,belady", help=f"of {', '.join(ALL_POLICIES)}; or all")
+    parser.add_argument(
+        "--policy", default="lru,next_use,td_next_use,belady", help=f"of {', '.join(ALL_POLICIES)}; or all"
+    )
     parser.add_argument("--slots", default=DEFAULT_SLOTS, help="counts or shares of all experts (%(default)s)")
     parser.add_argument("--predictor", default="none", help=f"of {', '.join(PREDICTORS)} (%(default)s)")
     parser.add_argument(

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime import machine
 from runtime.errors import UsageError
 from runtime.experts import Kernel, LayerRunner, Reroute
+from runtime.model import read_tokenizer
 from runtime.passes import PassTracker
 from runtime.pool import Pool
 from runtime.predictors.artifact import Artifact, check_target, write_artifact
@@ -131,8 +132,8 @@ class Engine:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.source)
+        """The checkpoint's tokenizer. Raises CheckpointError where it has none."""
+        return read_tokenizer(self.source)
 
     def stats(self) -> EngineStats:
         """Counters since loading or the last `reset_stats`; all zero for a resident model."""

@@ -31,6 +31,11 @@ class ModelFacts:
     dense_bytes: int
     dtype: torch.dtype
 
+    @property
+    def model_bytes(self) -> int:
+        """All of its weights."""
+        return self.dense_bytes + self.num_experts_total * self.expert_bytes
+
 
 def describe(model: str | Path, *, dtype: torch.dtype | str = "auto") -> ModelFacts:
     """Facts of a checkpoint folder or hub id; raises what loading it would raise for a model that cannot be served."""
@@ -110,6 +115,7 @@ def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
 
 # Activations, the tokenizer, and what loading takes for a moment beside the weights (measured, results/LOG.md).
 BUFFER_BYTES = 112 << 20
+RESIDENT_FACTOR = 1.3  # of a model's bytes, to load and run it whole
 DEFAULT_CONTEXT = 4096  # tokens of KV cache that are allowed for where the profile does not say
 
 

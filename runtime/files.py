@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from runtime.errors import UsageError
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` to `path` so that a crash leaves the old content or the new, never a part.
@@ -24,3 +26,16 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Before minutes of work: whether the file that `option` names, if any, can be written in the end.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if path is None:
+        return
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {path}: cannot be written; name a file in a folder that can")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import UsageError, cli_main
+from runtime.files import check_writable
 from runtime.prompts import Prompt, PromptRequest, RequestResult, check_requests, read_prompts
 from runtime.vocabulary import Phase
 
@@ -66,6 +67,7 @@ def _run(options: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     if options.prompts is None and (options.scheduler or options.concurrency):
         raise UsageError("--scheduler and --concurrency are for several prompts: give them with --prompts FILE")
+    check_writable("--trace", options.trace)
     prompts = [] if options.prompts is None else read_prompts(options.prompts)
     # Imported late: --help and mistakes in the arguments answer at once.
     from transformers.utils.logging import disable_progress_bar
@@ -106,10 +108,9 @@ def _tell(notes: Sequence[str], options: argparse.Namespace) -> int:
 
 def _requests(options: argparse.Namespace, prompts: Sequence[Prompt]) -> list[PromptRequest]:
     """The prompts as token ids, checked against the model's context before its weights are loaded."""
-    from transformers import AutoTokenizer
-
     from runtime.batching import context_of
     from runtime.facts import describe
+    from runtime.model import read_tokenizer
     from runtime.profile import load_profile
 
     checkpoint = options.model
@@ -119,7 +120,7 @@ def _requests(options: argparse.Namespace, prompts: Sequence[Prompt]) -> list[Pr
     if checkpoint is None:
         return []  # loading will say what is missing
     context = context_of(describe(checkpoint).config)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = read_tokenizer(checkpoint)
     requests = [
         PromptRequest(
             id=prompt.id,

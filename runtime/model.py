@@ -18,7 +18,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 
 from runtime.errors import CheckpointError, UnsupportedModelError
@@ -81,6 +89,21 @@ def read_config(model: str) -> PreTrainedConfig:
             "use the checkpoint in bfloat16, float16 or float32"
         )
     return config
+
+
+def read_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a checkpoint folder or hub id.
+
+    Raises:
+        CheckpointError: it has none that can be loaded.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{model} has no tokenizer that can be loaded, which text needs: {_first_line(error)}"
+        ) from error
+    return tokenizer
 
 
 def checkpoint_files(model: str) -> tuple[Path, ...]:

@@ -72,7 +72,9 @@ def run_batch(
     if not queue:
         return BatchResult((), 0, 0, None, None, 0.0, 0.0)
     if scheduler is None:
-        scheduler, routes = build_scheduler(engine.profile, max_kv_tokens or kv_tokens(engine)), build_routes(engine)
+        scheduler = build_scheduler(engine.profile, max_kv_tokens or kv_tokens(engine))
+        if routes is None and scheduler.needs_routes:
+            routes = build_routes(engine)
     sizes = Sizes.of(engine, queue, scheduler, max_kv_tokens)
     if engine not in _proven:
         _prove(engine)

@@ -148,7 +148,8 @@ class Substitution:
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits, self.routed = self._answer.take(), index.cpu().numpy()
-        if not self._applies():
+        names_none = (self.routed >= self._residency.num_experts).any()  # past the last expert: none at all
+        if not self._applies() or names_none:
             return index, weights
         present = self._present()
         is_absent = ~present[self.routed]

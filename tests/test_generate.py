@@ -120,3 +120,10 @@ def test_a_prompt_beyond_the_context_is_refused_before_loading(
     path.write_text(json.dumps({"id": "long", "prompt": "a" * 500}), encoding="utf-8")
     assert main(["--model", str(checkpoint), "--prompts", str(path)]) == 2
     assert "prompt 'long' has 500 tokens and 64 new ones, more than the 512" in capsys.readouterr().err
+
+
+def test_a_trace_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", str(checkpoint), "--prompt", "a", "--trace", "/dev/null/t.npz"]) == 2
+    assert "--trace /dev/null/t.npz: cannot be written" in capsys.readouterr().err

@@ -217,6 +217,7 @@ def test_held_out_requests_are_those_that_a_training_would_hold_out(
         (["--bandwidth", "fast"], "'fast'"),
         (["--batch", "0"], "--batch 0"),
         (["--every", "0"], "--every 0"),
+        (["--csv", "/dev/null/t.csv"], "--csv /dev/null/t.csv: cannot be written"),
         (["--max-tokens", "-3"], "--max-tokens -3"),
     ],
 )

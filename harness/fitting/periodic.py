@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from harness.fitting.base import FitOptions, FitResult, model_name, routing_shape
+from harness.fitting.training import copied_weights, settings_of_torch
 from runtime.errors import TraceError
 from runtime.predictors.artifact import RoutingShape
 from runtime.predictors.base import Forecast
@@ -51,7 +50,7 @@ def fit(trace: RoutingTrace, options: FitOptions, *, quiet: bool) -> FitResult:
             f"request: {KIND} learns from the order of requests; {LEAST_PROMPTS} are needed, this has {len(prompts)}"
         )
     num_past = len(prompts) - max(1, round(len(prompts) * options.validation_share))
-    with _settings_of_torch(options):
+    with settings_of_torch(options):
         network = _trained(prompts[:num_past], routing_shape(trace), options, quiet)
         artifact = network.artifact(model_name(trace), validation_requests=sorted(numbers[num_past:]))
         figures = _compared(ExpertSequence.of(artifact).predict, prompts, num_past, network.shape)
@@ -143,7 +142,7 @@ def _trained(prompts: Sequence[PastPrompt], shape: RoutingShape, options: FitOpt
         example for place in range(end, len(prompts)) for example in _examples(prompts, place, shape, generator)
     ]
     optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-    best, best_loss, waited = deepcopy(network.state_dict()), _mean_loss(network, stopping), 0
+    best, best_loss, waited = copied_weights(network), _mean_loss(network, stopping), 0
     with tqdm(total=options.epochs, unit="epoch", desc="training", disable=quiet) as bar:
         for _ in range(options.epochs):
             _epoch(network, optimizer, prompts[:end], generator)
@@ -151,7 +150,7 @@ def _trained(prompts: Sequence[PastPrompt], shape: RoutingShape, options: FitOpt
             bar.update()
             bar.set_postfix_str(f"validation loss {loss:.4f}")
             if loss < best_loss:
-                best, best_loss, waited = deepcopy(network.state_dict()), loss, 0
+                best, best_loss, waited = copied_weights(network), loss, 0
             elif (waited := waited + 1) >= options.patience:
                 break
     network.load_state_dict(best)
@@ -207,16 +206,3 @@ def _loss(network: ExpertSequence, examples: Sequence[_Example]) -> torch.Tensor
 def _mean_loss(network: ExpertSequence, examples: Sequence[_Example]) -> float:
     batches = [examples[start : start + _AT_ONCE] for start in range(0, len(examples), _AT_ONCE)]
     return sum(_loss(network, some).item() * len(some) for some in batches) / len(examples)
-
-
-@contextmanager
-def _settings_of_torch(options: FitOptions) -> Iterator[None]:
-    """Its threads and its random numbers are the caller's again afterwards."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        torch.set_num_threads(options.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from harness.fitting.base import FitOptions, FitResult, model_name, routing_shape, split
 from harness.fitting.figures import compared, rows_by_request
+from harness.fitting.training import copied_weights, settings_of_torch
 from harness.measure.prediction import MORE
 from runtime.errors import TraceError
 from runtime.predictors.artifact import Artifact
@@ -50,7 +50,7 @@ def fit(trace: RoutingTrace, options: FitOptions, *, quiet: bool) -> FitResult:
             "token_ids is missing, and routing_path learns from nothing else: record a trace that has them"
         )
     train, held = split(trace, options)
-    with _settings_of_torch(options):
+    with settings_of_torch(options):
         network = _new_network(train)
         validation = _validation_examples(_requests(network, held))
         sample = np.random.default_rng(options.seed).permutation(len(validation))[:_VALIDATION_WINDOWS]
@@ -165,7 +165,7 @@ def _train(
     generator = np.random.default_rng(options.seed)
     per_epoch = -(-len(_training_examples(requests, generator)) // _BATCH)
     optimizer, schedule = _optimizer(network, per_epoch * options.epochs)
-    best, best_loss, waited = _copied(network), np.inf, 0
+    best, best_loss, waited = copied_weights(network), np.inf, 0
     with tqdm(total=per_epoch * options.epochs, unit="step", desc="training", disable=quiet) as bar:
         for epoch in range(options.epochs):
             for some in _batches(_training_examples(requests, generator)):
@@ -178,7 +178,7 @@ def _train(
             loss = _mean_loss(network, validation)
             bar.set_postfix_str(f"epoch {epoch + 1}, validation loss {loss:.4f}")
             if loss < best_loss:
-                best, best_loss, waited = _copied(network), loss, 0
+                best, best_loss, waited = copied_weights(network), loss, 0
             elif (waited := waited + 1) >= options.patience:
                 break
     network.load_state_dict(best)
@@ -204,20 +204,3 @@ def _mean_loss(network: RoutingPathNetwork, examples: Sequence[_Example]) -> flo
 
 def _num_asked(example: _Example) -> int:
     return len(example.places)
-
-
-def _copied(network: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in network.state_dict().items()}
-
-
-@contextmanager
-def _settings_of_torch(options: FitOptions) -> Iterator[None]:
-    """Its threads and its random numbers are the caller's again afterwards."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        torch.set_num_threads(options.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from harness.fitting.base import FitOptions, FitResult, model_name, routing_shape, rows_of, split
 from harness.fitting.figures import compared, rows_by_request
+from harness.fitting.training import copied_weights, settings_of_torch
 from harness.measure.prediction import MORE, in_request_order, ranked
 from runtime.predictors.artifact import Artifact, RoutingShape
 from runtime.predictors.sequence import FREQUENCY_FLOOR, KIND, SequencePredictor, Weights
@@ -49,7 +49,7 @@ def fit(trace: RoutingTrace, options: FitOptions, *, quiet: bool) -> FitResult:
         TraceError: fewer than two requests.
     """
     train, held = split(trace, options)
-    with _settings_of_torch(options):
+    with settings_of_torch(options):
         network = Network(routing_shape(trace))
         loss = _train(network, Tape(train), Tape(held), options, quiet)
         artifact = network.artifact(model_name(trace), np.unique(held.request).tolist())
@@ -179,7 +179,7 @@ def _train(network: Network, train: Tape, held: Tape, options: FitOptions, quiet
     optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     halved_after = max(per_epoch, _HALVED_AFTER)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (step / halved_after))
-    best, best_loss, waited = _copied(network), np.inf, 0
+    best, best_loss, waited = copied_weights(network), np.inf, 0
     with tqdm(total=per_epoch * options.epochs, unit="step", desc="training", disable=quiet) as bar:
         for epoch in range(options.epochs):
             for segments in _batches(generator.permutation(train.num_segments)):
@@ -193,7 +193,7 @@ def _train(network: Network, train: Tape, held: Tape, options: FitOptions, quiet
             bar.set_postfix_str(f"epoch {epoch + 1}, validation loss {loss:.4f}")
             waited = 0 if loss < best_loss * (1 - _LEAST_GAIN) else waited + 1
             if loss < best_loss:
-                best, best_loss = _copied(network), loss
+                best, best_loss = copied_weights(network), loss
             if waited >= options.patience:
                 break
     network.load_state_dict(best)
@@ -210,20 +210,3 @@ def _mean_loss(network: Network, tape: Tape, segments: npt.NDArray[np.int64]) ->
     total = sum(_loss(network, tape.examples(some)).item() * len(some) for some in _batches(segments))
     network.train()
     return total / len(segments)
-
-
-def _copied(network: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in network.state_dict().items()}
-
-
-@contextmanager
-def _settings_of_torch(options: FitOptions) -> Iterator[None]:
-    """Its threads and its random numbers are the caller's again afterwards."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        torch.set_num_threads(options.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from harness.demo.widen import widened
@@ -21,9 +20,8 @@ from harness.measure.batch_file import ResultFile
 from harness.measure.limits import ModelBytes
 from harness.measure.process import Spec
 from harness.measure.workload import TokenRequest, cut, load_workload
-from runtime.errors import UsageError
 from runtime.facts import ModelFacts, describe
-from runtime.model import checkpoint_files
+from runtime.model import checkpoint_files, read_tokenizer
 
 DEMO_EXPERT_BYTES = 6 << 20
 
@@ -41,16 +39,12 @@ class Setup:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Setup:
-        """Raises UsageError where there is no tokenizer."""
+        """Raises CheckpointError where there is no tokenizer."""
         disable_progress_bar()
         model = options.model or str(widened(DEMO_EXPERT_BYTES))
         facts = describe(model)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{model} has no tokenizer that can be loaded, which text needs: {error}") from error
         sizes = ModelBytes(facts.dense_bytes, facts.slot_bytes, facts.num_experts_total)
-        return cls(options, model, facts, sizes, tokenizer, checkpoint_files(model))
+        return cls(options, model, facts, sizes, read_tokenizer(model), checkpoint_files(model))
 
     def texts(self, prompt_tokens: int, output_tokens: int, number: int) -> list[TokenRequest]:
         """Held-out text of several tasks."""

@@ -24,6 +24,7 @@ from harness.search.trial import TrialRunner, TrialSpec, Work, bare_process, mea
 from runtime import machine
 from runtime.errors import ExpertFlowError, UsageError
 from runtime.facts import ModelFacts, describe
+from runtime.model import read_tokenizer
 from runtime.profile import LOSSY, Profile
 
 _SETUP_TIMEOUT_S = 900.0
@@ -140,11 +141,10 @@ class Texts:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # texts longer than the model's context are cut anyway
-        tokenizer = AutoTokenizer.from_pretrained(self._model)
+        tokenizer = read_tokenizer(self._model)
         return cache(lambda text, **options: tokenizer(text, **options))  # every text is cut several times
 
     def requests(self, sizes: Sizes) -> dict[Part, tuple[TokenRequest, ...]]:

@@ -55,7 +55,7 @@ class Governor:
         self.verdict: str | None = None
         self.deepest, self._depth, self._adaptive = depth, depth, adaptive
         self._trial = _Trial() if on_trial and depth else None
-        self._last: tuple[Phase, Reading] | None = None
+        self._last: tuple[Phase, int, Reading] | None = None
         self._since: Reading | None = None
         self._passes = 0
 
@@ -64,10 +64,11 @@ class Governor:
         if self._last is not None and (self._last[0], phase) == (Phase.DECODE, Phase.DECODE):
             self._passes += 1
             if self._trial is not None:
-                self._judge((reading.now_s - self._last[1].now_s) / max(num_tokens, 1))
+                _, tokens, began = self._last
+                self._judge((reading.now_s - began.now_s) / max(tokens, 1))
             if self._adaptive and self._passes % BLOCK == 0:
                 self._adapt(reading)
-        self._last = (phase, reading)
+        self._last = (phase, num_tokens, reading)
         self._since = self._since or reading
         if self.verdict is not None or (self._trial is not None and self._trial.is_without):
             return 0

@@ -31,7 +31,9 @@ KIND = "periodic"
 SENSITIVITY = "sensitivity"
 """Key of an artefact's params: by task, what `harness.fitting.sensitivity` measured."""
 
-_ABSENT_PASSES = 8  # after which a request has ended: schedulers take turns between 8 batches at most
+# After which a request counts as ended. One that its scheduler leaves out for longer (`route_overlap` may, with a long
+# quantum) goes on as another when it comes back.
+_ABSENT_PASSES = 8
 
 
 class TaskLoad(NamedTuple):
@@ -119,6 +121,8 @@ class Periodic(Predictor):
 
     def observe(self, layer: int, observation: Observation) -> None:
         """Count the choices for the prompts that they belong to."""
+        if len(observation.experts) != len(self._rows):
+            return  # an encoder beside a decoder: whose these tokens are is not known
         num_prompts, width = len(self._in_pass), self._seen.shape[2]
         chosen = np.minimum(observation.experts, width - 1) + self._rows[:, None] * width
         counts = np.bincount(chosen.reshape(-1), minlength=num_prompts * width)

@@ -139,12 +139,14 @@ class SequencePredictor(Predictor):
         )
         self._requests: OrderedDict[int, _Request] = OrderedDict()
         self._running: list[tuple[_Request, list[int]]] = []
+        self._num_tokens = 0  # of the running pass
         self._forecast: Forecast = np.zeros((layers, experts), np.float32)
         self._waits: Forecast = np.zeros((layers, experts), np.float32)
         self._has_seen = False
 
     def begin(self, passing: Pass) -> None:
         """Take up the requests of the pass where they were left."""
+        self._num_tokens = passing.num_tokens
         places: dict[int, list[int]] = {}
         for place, request in enumerate(passing.requests or (_UNNAMED,) * passing.num_tokens):
             places.setdefault(request, []).append(place)
@@ -155,6 +157,8 @@ class SequencePredictor(Predictor):
 
     def observe(self, layer: int, observation: Observation) -> None:
         """Follow each request's tokens, and forecast the layer's next turn and beyond."""
+        if len(observation.experts) != self._num_tokens:
+            return  # an encoder beside a decoder: whose these tokens are is not known
         for request, places in self._running:
             _follow(request.frequencies[layer], observation.experts[places], self._weights.alphas)
             arrays = request.frequencies, request.parts, request.soon, request.idle

@@ -80,7 +80,7 @@ def test_the_exact_model_is_offloaded_where_it_does_not_fit(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = _measure(capsys, "--model", tiny_checkpoint, *LOSSY)
-    monkeypatch.setattr(quality, "RESIDENT_FACTOR", 1e9)
+    monkeypatch.setattr("runtime.facts.RESIDENT_FACTOR", 1e9)
     assert quality.main(["--model", str(tiny_checkpoint), *LOSSY, *SIZES]) == 0
     captured = capsys.readouterr()
     assert "the exact one is offloaded too" in captured.err

@@ -159,7 +159,7 @@ def test_offloaded_and_resident_record_the_same(
 ) -> None:
     arguments = ["--workload", workload, "--max-tokens", 30, "--set", "cache.slots=5"]
     whole = _record(tiny_checkpoint, tmp_path / "a.npz", *arguments)
-    monkeypatch.setattr(record, "RESIDENT_FACTOR", 1e9)
+    monkeypatch.setattr("runtime.facts.RESIDENT_FACTOR", 1e9)
     offloaded = _record(tiny_checkpoint, tmp_path / "b.npz", *arguments)
     assert "offloaded, 5 of 16 experts" in capsys.readouterr().err
     for name in ("experts", "weights", "token_ids", "request", "step", "phase", "predicted"):
