@@ -114,7 +114,7 @@ def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
 
 
 # Activations, the tokenizer, and what loading takes for a moment beside the weights (measured, results/LOG.md).
-BUFFER_BYTES = 112 << 20
+BUFFER_BYTES = 148 << 20
 RESIDENT_FACTOR = 1.3  # of a model's bytes, to load and run it whole
 DEFAULT_CONTEXT = 4096  # tokens of KV cache that are allowed for where the profile does not say
 
