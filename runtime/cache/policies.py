@@ -22,7 +22,7 @@ A formula is a pure function of a few per-expert values, compiled into the cache
 All experts of a layer must keep their order from one turn of the layer to the next, unless the forecast changes: the
 step remembers each layer's worst resident. `lfru` does not, and pays with a scan of all slots.
 
-To add a policy: write its function, give it a line in `score` and a row in `POLICIES`.
+To add a policy: write its function, give it a line in `score` and a member of `Policy`.
 """
 
 from __future__ import annotations
