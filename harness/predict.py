@@ -32,7 +32,7 @@ from harness.measure.prediction import (
 from harness.measure.replay import PREDICTORS, Schedule, Setting, artifacts_by_kind, predictor_of
 from harness.report.predictors import predictors_text
 from runtime.errors import UsageError, cli_main
-from runtime.files import check_writable, write_atomic
+from runtime.files import check_writable, write_named
 from runtime.predictors.base import Predictor
 from runtime.predictors.params import TRAINED, default_period
 from runtime.predictors.previous_token import PreviousToken
@@ -61,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for table in (overall, by_layer):
         table.loc[[ALL_EXPERTS], _PER_TOKEN] = np.nan  # it ranks nothing
     if arguments.csv:
-        _write_csv(arguments.csv, by_layer if arguments.per_layer else overall)
+        write_named("--csv", arguments.csv, (by_layer if arguments.per_layer else overall).to_csv())
     if arguments.json:
         about = {"depth": arguments.depth, "batch": arguments.batch, **_about(parts)}
         for name in overall.index:
@@ -73,13 +73,6 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.per_layer:
         print("\n" + predictors_text(by_layer, trace.top_k, trace.top_k + MORE))
     return 0
-
-
-def _write_csv(path: Path, table: pd.DataFrame) -> None:
-    try:
-        write_atomic(path, table.to_csv())
-    except OSError as error:
-        raise UsageError(f"--csv {path}: cannot be written: {error.strerror or error}") from error
 
 
 def _check(arguments: argparse.Namespace) -> None:

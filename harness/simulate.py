@@ -21,7 +21,7 @@ from harness.fitting.heldout import held_out
 from harness.measure.replay import PREDICTORS, ReplayResult, Schedule, Setting, Timing, artifacts_by_kind, replay
 from runtime.cache.policies import ORACLE, POLICIES
 from runtime.errors import UsageError, cli_main
-from runtime.files import check_writable, write_atomic
+from runtime.files import check_writable, write_named
 from runtime.machine import parse_bytes
 from runtime.predictors.params import default_period
 from runtime.trace import RoutingTrace, read_trace
@@ -60,21 +60,14 @@ def _run(arguments: argparse.Namespace) -> int:
                 print(json.dumps(done.as_dict()), flush=True)
     table = pd.DataFrame([result.as_dict() for result in results])
     if arguments.csv:
-        _write("--csv", arguments.csv, table.to_csv(index=False))
+        write_named("--csv", arguments.csv, table.to_csv(index=False))
     if arguments.plot:
         from harness.report.plots import replays_png
 
-        _write("--plot", arguments.plot, replays_png(table, trace.num_layers * trace.num_experts))
+        write_named("--plot", arguments.plot, replays_png(table, trace.num_layers * trace.num_experts))
     if not arguments.json:
         print(_text(results, trace))
     return 0
-
-
-def _write(option: str, path: Path, data: bytes | str) -> None:
-    try:
-        write_atomic(path, data)
-    except OSError as error:
-        raise UsageError(f"{option} {path}: cannot be written: {error.strerror or error}") from error
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:

@@ -39,3 +39,15 @@ def check_writable(option: str, path: Path | None) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{option} {path}: cannot be written; name a file in a folder that can")
+
+
+def write_named(option: str, path: Path, data: bytes | str) -> None:
+    """`write_atomic` to the file that a command's `option` names.
+
+    Raises:
+        UsageError: it cannot be written, and why.
+    """
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written: {error.strerror or error}") from error

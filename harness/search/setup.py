@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from harness.search.trial import TrialRunner, TrialSpec, Work, bare_process, mea
 from runtime import machine
 from runtime.errors import ExpertFlowError, UsageError
 from runtime.facts import ModelFacts, describe
+from runtime.files import check_writable
 from runtime.model import read_tokenizer
 from runtime.profile import LOSSY, Profile
 
@@ -161,8 +161,8 @@ def prepare(settings: Settings) -> Setup:
         ExpertFlowError: something cannot be used, or the default does not run.
     """
     kept = _kept(settings)
-    for path in (settings.profile, settings.folder / "trials.csv"):
-        _check_writable(path)
+    check_writable("--profile-out", settings.profile)
+    check_writable("--out", settings.folder / "trials.csv")
     base = Profile.default().with_overrides({"workload.context": settings.context, **settings.fixed})
     if base.numerics in LOSSY:
         raise UsageError(
@@ -202,13 +202,6 @@ def _kept(settings: Settings) -> dict[str, Any]:
     if settings.folder.exists():
         open_storage(settings.folder, resume=False)
     return {}
-
-
-def _check_writable(path: Path) -> None:
-    """Before minutes are spent: whether `path` can be written in the end."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{path} cannot be written; name another place with --out and --profile-out")
 
 
 def _pilot(runner: TrialRunner, settings: Settings, base: Profile, texts: Texts, setting: Setting) -> dict[str, Any]:
