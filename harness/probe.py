@@ -1,17 +1,23 @@
-"""What this machine can do: `python -m harness.probe [--model M] [--gpu N] [--json]`."""
+"""What this machine can do: `python -m harness.probe [--model M] [--gpu N] [--seconds S] [--json]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.hardware.bandwidth import Curve, engine_bandwidth, measure_curve
-from harness.hardware.nvml import GpuReadings, NvmlReadings, find_gpu, read_gpus
+from harness.hardware.compute import TOKENS, ExpertTime, expert_seconds, measure_experts
+from harness.hardware.copies import Copies, copy_lines, measure_copies
+from harness.hardware.host import HostMemory, host_memory, near
+from harness.hardware.nvml import find_gpu, gpu_state, read_gpus
+from harness.hardware.readings import GpuReadings, NvmlReadings
+from harness.hardware.verdicts import Judgement, disk_links, judge_disk
 from runtime import machine
-from runtime.errors import DeviceError, cli_main
+from runtime.errors import DeviceError, UsageError, cli_main
 from runtime.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -19,19 +25,35 @@ if TYPE_CHECKING:
 
 DEMO_EXPERT_BYTES = 1 << 20
 """Of the widened demo model that is probed and tuned where no other is named."""
+BUDGET_S = 9.0
+_ENGINE_SHARE, _CURVE_SHARE, _COMPUTE_SHARE = 0.08, 0.62, 0.3
+_COPIES_SHARE = 3.0  # beside these: a GPU has more kinds of copies than a disk has of reads
+_LARGEST_COPY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Facts of the machine, and bandwidth on the files of one model."""
+    """Facts of the machine, and what it reaches with the files and the experts of one model.
+
+    Attributes:
+        device: "cpu", or "cuda:NAME" of the GPU whose copies were timed.
+        curve: disk to memory. compute: one expert. copies: between host and that GPU; None without one.
+        verdicts: on the disk and on the GPU's link.
+    """
 
     device: str
     num_cpus: int
-    memory_total_bytes: int
-    memory_available_bytes: int
+    host: HostMemory
     nvml: NvmlReadings
     model: str
     curve: Curve
+    compute: tuple[ExpertTime, ...]
+    copies: Copies | None
+    verdicts: tuple[Judgement, ...]
+
+    def expert_s(self, kernel: str, threads: int, num_tokens: int) -> float:
+        """Seconds that one expert takes for `num_tokens` tokens, interpolated; UsageError for an unknown kernel."""
+        return expert_seconds(self.compute, kernel, threads, num_tokens)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -39,34 +61,55 @@ class Probe:
 
     def describe(self) -> str:
         """A block for people."""
+        nvml = self.nvml
+        driver = nvml.num_gpus if nvml.num_gpus.value is None else f"driver {nvml.driver}, CUDA {nvml.cuda}"
         lines = [
             f"device     {self.device}, {self.num_cpus} cores",
-            f"memory     {format_bytes(self.memory_available_bytes)} free of {format_bytes(self.memory_total_bytes)}",
-            *(_gpu_line(gpu) for gpu in self.nvml.gpus),
-            f"NVML       {self.nvml.num_gpus if self.nvml.num_gpus.value is None else f'driver {self.nvml.driver}'}",
+            f"memory     {_memory_line(self.host)}",
+            f"NVML       {driver}",
+            *(line for gpu in nvml.gpus for line in _gpu_lines(gpu)),
             *_curve_lines(self.curve),
+            *_compute_lines(self.compute),
+            *(() if self.copies is None else copy_lines(self.copies, _size)),
+            *(f"{'verdict' if not number else '':<11}{one.subject}: {one}" for number, one in enumerate(self.verdicts)),
         ]
         return "\n".join(lines)
 
 
-def take_probe(model: str, facts: ModelFacts, nvml: NvmlReadings, *, io_threads: int = 2) -> Probe:
-    """Measure this machine with the files of `model`, in some eight seconds.
+def take_probe(
+    model: str,
+    facts: ModelFacts,
+    nvml: NvmlReadings,
+    *,
+    io_threads: int = 2,
+    gpu: GpuReadings | None = None,
+    budget_s: float = BUDGET_S,
+) -> Probe:
+    """Measure this machine with the files and experts of `model`, in little more than `budget_s` seconds.
+
+    Args:
+        nvml: what was read before. gpu: the one whose copies are timed as well, in three times `budget_s`.
 
     Raises:
-        ExpertFlowError: the checkpoint cannot be served or read.
+        ExpertFlowError: the checkpoint cannot be served or read, or CUDA does not see the GPU.
     """
-    from runtime.model import checkpoint_files
+    from runtime.model import checkpoint_files, meta_model
 
-    files = checkpoint_files(model)
-    engine_bytes_per_s = engine_bandwidth(model, io_threads=io_threads)
+    files, loaded = checkpoint_files(model), meta_model(model)
+    copies = None if gpu is None else _copies(gpu, facts.expert_bytes, _COPIES_SHARE * budget_s)
+    engine_bytes_per_s = engine_bandwidth(loaded, files, io_threads=io_threads, budget_s=_ENGINE_SHARE * budget_s)
+    curve = measure_curve(files, facts.expert_bytes, engine_bytes_per_s, budget_s=_CURVE_SHARE * budget_s)
+    disk = judge_disk("disk", curve.best_bytes_per_s, curve.counted_share, disk_links(files[0]))
     return Probe(
-        device="cpu",
+        device="cpu" if gpu is None else f"cuda:{gpu.name}",
         num_cpus=machine.cpu_count(),
-        memory_total_bytes=machine.total_memory_bytes(),
-        memory_available_bytes=machine.available_memory_bytes(),
+        host=host_memory(),
         nvml=nvml,
         model=model,
-        curve=measure_curve(files, facts.expert_bytes, engine_bytes_per_s),
+        curve=curve,
+        compute=measure_experts(loaded, facts.top_k, budget_s=_COMPUTE_SHARE * budget_s),
+        copies=copies,
+        verdicts=(disk,) if gpu is None or copies is None else (disk, copies.judge(gpu)),
     )
 
 
@@ -84,31 +127,86 @@ def check_gpu(index: int, nvml: NvmlReadings) -> GpuReadings:
         DeviceError: NVML or CUDA is absent, or there is no such GPU; names the way out.
     """
     gpu = find_gpu(index, nvml)
-    import torch
+    from harness.hardware.cuda_copies import cuda_index
 
-    if not torch.cuda.is_available():
-        raise DeviceError(f"--gpu {index}: this torch ({torch.__version__}) sees no CUDA; run with --device cpu")
+    try:
+        cuda_index(gpu.uuid.value)
+    except DeviceError as error:
+        raise DeviceError(f"--gpu {index}: {error}") from error
     return gpu
 
 
-def _gpu_line(gpu: GpuReadings) -> str:
-    free = gpu.memory_free_bytes
-    memory = free if free.value is None else f"{format_bytes(free.value)} free"
-    link = f"PCIe {gpu.pcie_generation} x{gpu.pcie_width} (at most {gpu.pcie_generation_max} x{gpu.pcie_width_max})"
-    return f"GPU {gpu.index}      {gpu.name}, {memory}, {link}"
+def _copies(gpu: GpuReadings, expert_bytes: int, budget_s: float) -> Copies:
+    """From memory near the GPU; two buffers at a time, and no more than a quarter of what is free on the GPU."""
+    from harness.hardware.cuda_copies import CudaCopies, cuda_index
+
+    device = CudaCopies(cuda_index(gpu.uuid.value))
+    free_bytes = gpu.memory_free_bytes.value or _LARGEST_COPY_BYTES
+    largest_bytes = min(_LARGEST_COPY_BYTES, host_memory().pinnable_bytes // 4, free_bytes // 4)
+    which = gpu.uuid.value or gpu.index
+    try:
+        with near(gpu.numa_node.value):
+            generation = gpu.pcie_generation_max.value
+            return measure_copies(
+                device, expert_bytes, largest_bytes, lambda: gpu_state(which), generation, budget_s=budget_s
+            )
+    finally:
+        device.close()
 
 
-def _curve_lines(curve: Curve) -> list[str]:
-    sizes = [point.num_bytes for point in curve.series[0].points]
-    lines = [f"disk       {'MB/s at':<18}" + "".join(f"{_size(size):>9}" for size in sizes) + "  latency   asymptote"]
+def _memory_line(host: HostMemory) -> str:
+    limit = "no limit" if host.memlock_bytes is None else f"limit {format_bytes(host.memlock_bytes)}"
+    free = f"{format_bytes(host.available_bytes)} free of {format_bytes(host.total_bytes)}"
+    return f"{free}, {format_bytes(host.pinnable_bytes)} can be pinned (RLIMIT_MEMLOCK: {limit})"
+
+
+def _gpu_lines(gpu: GpuReadings) -> Iterator[str]:
+    free, total = gpu.memory_free_bytes, gpu.memory_total_bytes
+    memory = free if free.value is None or total.value is None else f"{_of(free.value, total.value)}"
+    yield f"{f'GPU {gpu.index}':<11}{gpu.name}, {gpu.uuid}, capability {gpu.compute_capability}, {memory}"
+    slot, alone = gpu.pcie_generation_max, gpu.gpu_pcie_generation_max
+    limited = f"; the GPU alone {alone}" if None not in (slot.value, alone.value) and slot.value != alone.value else ""
+    link = f"PCIe {gpu.pcie_generation} x{gpu.pcie_width} now, at most {slot} x{gpu.pcie_width_max}{limited}"
+    yield f"{'':11}{link}, NUMA node {gpu.numa_node}, {gpu.pcie_replays} replays"
+    reasons, others = gpu.throttle_reasons, gpu.foreign_processes
+    throttled = reasons if reasons.value is None else ", ".join(reasons.value) or "not throttled"
+    busy = others if others.value is None else f"{len(others.value)} other processes"
+    yield f"{'':11}{throttled}, {gpu.temperature_c} °C, {busy}, ECC {_switch(gpu.ecc)}, MIG {_switch(gpu.mig)}"
+
+
+def _of(part_bytes: int, whole_bytes: int) -> str:
+    return f"{format_bytes(part_bytes)} free of {format_bytes(whole_bytes)}"
+
+
+def _switch(reading: Any) -> str:
+    return str(reading) if reading.value is None else "on" if reading.value else "off"
+
+
+def _curve_lines(curve: Curve) -> Iterator[str]:
+    sizes = sorted({point.num_bytes for series in curve.series for point in series.points})
+    yield f"disk       {'MB/s at':<18}" + "".join(f"{_size(size):>9}" for size in sizes) + "  latency   asymptote"
     for series in curve.series:
-        name = f"{'O_DIRECT' if series.direct else 'buffered'} x{series.threads}"
+        load = " + load" if series.under_load else ""
+        name = f"{'O_DIRECT' if series.direct else 'buffered'} x{series.threads}{load}"
         latency = "-" if series.latency_s is None else f"{series.latency_s * 1e3:.2f} ms"
         asymptote = "-" if series.asymptote_bytes_per_s is None else f"{series.asymptote_bytes_per_s / 1e6:.0f}"
-        rates = "".join(f"{point.bytes_per_s / 1e6:>9.0f}" for point in series.points)
-        lines.append(f"{'':11}{name:<18}{rates}  {latency:>7}   {asymptote:>9}")
+        rates = _cells({point.num_bytes: point.bytes_per_s / 1e6 for point in series.points}, sizes, "{:.0f}".format)
+        yield f"{'':11}{name:<18}{rates}  {latency:>7}   {asymptote:>9}"
     engine = f"{curve.engine_bytes_per_s / 1e6:.0f} MB/s at one expert ({format_bytes(curve.expert_bytes)})"
-    return [*lines, f"engine     {engine}, through its own transfer"]
+    yield f"engine     {engine}, through its own transfer"
+
+
+def _compute_lines(times: tuple[ExpertTime, ...]) -> Iterator[str]:
+    rows: dict[str, dict[int, float]] = {}
+    for one in times:
+        rows.setdefault(f"{one.kernel} x{one.threads}", {})[one.num_tokens] = one.seconds * 1e3
+    yield f"expert     {'ms for tokens':<18}" + "".join(f"{num_tokens:>9}" for num_tokens in TOKENS)
+    for name, row in rows.items():
+        yield f"{'':11}{name:<18}{_cells(row, TOKENS, '{:.3f}'.format)}"
+
+
+def _cells(row: dict[int, float], columns: Any, text: Callable[[float], str]) -> str:
+    return "".join(f"{text(row[column]) if column in row else '-':>9}" for column in columns)
 
 
 def _size(num_bytes: int) -> str:
@@ -118,20 +216,25 @@ def _size(num_bytes: int) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.probe", description=__doc__)
     parser.add_argument("--model", help="checkpoint whose files are read; default: the demo with 1 MiB experts")
-    parser.add_argument("--gpu", type=int, metavar="N", help="the GPU to ask for; fails where it cannot be used")
-    parser.add_argument("--device", choices=["cpu"], help="cpu is all that can be measured yet")
+    parser.add_argument("--gpu", type=int, metavar="N", help="time copies to this GPU of NVML's list, too")
+    parser.add_argument("--device", choices=["cpu"], help="leave GPUs alone")
+    more = "how long to measure; more reaches larger sizes and steadier figures (%(default)s)"
+    parser.add_argument("--seconds", type=float, default=BUDGET_S, metavar="S", help=more)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
+    if not 0 < options.seconds < float("inf"):
+        raise UsageError(f"--seconds {options.seconds}: give a number above 0")
+    if options.device is not None and options.gpu is not None:
+        raise UsageError(f"--gpu {options.gpu} and --device {options.device} exclude each other; give one of them")
     nvml = read_gpus()
-    if options.gpu is not None:
-        check_gpu(options.gpu, nvml)
+    gpu = None if options.gpu is None else check_gpu(options.gpu, nvml)
     from runtime.facts import describe
 
     model = options.model or default_model()
-    probe = take_probe(model, describe(model), nvml)
+    probe = take_probe(model, describe(model), nvml, gpu=gpu, budget_s=options.seconds)
     print(json.dumps(probe.as_dict()) if options.json else probe.describe())
 
 

@@ -13,16 +13,26 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from harness.hardware.compute import computing
 from harness.measure.stats import median
+from runtime import machine
 from runtime.vocabulary import Load, LoadReason
 
+if TYPE_CHECKING:
+    from runtime.model import LoadedModel
+
 PAGE_BYTES = mmap.PAGESIZE
-SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
+SIZES = tuple(4 << 10 << 2 * power for power in range(10))
+"""4 KiB … 1 GiB."""
 THREADS = (1, 2, 4)
+_clock = time.perf_counter
+_MEMORY_SHARE = 1 / 8
+"""Of the memory that is available, what buffers may take."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """The curve of one number of threads and one way of reading.
+    """The curve of one number of threads and one way of reading, `under_load` while another thread computes.
 
     The asymptote is that of all threads together; the fit is None where the points do not rise.
     """
 
     threads: int
     direct: bool
+    under_load: bool
     points: tuple[Point, ...]
     latency_s: float | None
     asymptote_bytes_per_s: float | None
@@ -51,11 +62,33 @@ class Series:
 
 @dataclass(frozen=True)
 class Curve:
-    """All series of a probe; `engine_bytes_per_s` is through the engine's own transfer, at `expert_bytes`."""
+    """All series of a probe.
+
+    Attributes:
+        engine_bytes_per_s: through the engine's own transfer, at `expert_bytes`.
+        counted_share: of all bytes that were read, those that the kernel counted as read from a disk (it may read
+            ahead: above 1); None where it does not count.
+    """
 
     expert_bytes: int
     series: tuple[Series, ...]
     engine_bytes_per_s: float
+    counted_share: float | None
+
+    @property
+    def best_bytes_per_s(self) -> float:
+        """The highest rate of any point that was measured without load."""
+        return max(point.bytes_per_s for one in self.series if not one.under_load for point in one.points)
+
+    def bytes_per_s(self, threads: int) -> float:
+        """At about the size of an expert, of so many threads or the nearest number, the faster way of reading."""
+        idle = [one for one in self.series if not one.under_load]
+        nearest = min((one.threads for one in idle), key=lambda number: abs(number - threads))
+
+        def at_expert(series: Series) -> float:
+            return min(series.points, key=lambda point: abs(point.num_bytes - self.expert_bytes)).bytes_per_s
+
+        return max(at_expert(one) for one in idle if one.threads == nearest)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -65,28 +98,28 @@ class Curve:
 def measure_curve(
     files: Sequence[Path], expert_bytes: int, engine_bytes_per_s: float, *, budget_s: float = 6.0, seed: int = 0
 ) -> Curve:
-    """Measure every series in about `budget_s` seconds.
+    """Measure every series in about `budget_s` seconds: O_DIRECT and buffered with 1, 2 and 4 threads, then the fastest
+    of them at expert size once more while another thread computes.
+
+    Sizes that no file has, that memory has no room for or that there is no time for are left out; the expert's is not.
 
     Args:
-        files: read from, never written; sizes that none of them has are left out, O_DIRECT where it is not to be had.
+        files: read from, never written. O_DIRECT is left out where one of them does not take it.
 
     Raises:
         OSError: a file cannot be opened or read.
     """
-    largest = max(file.stat().st_size for file in files)
-    sizes = sorted({*SIZES, _up(expert_bytes)})
-    sizes = [size for size in sizes if size <= largest] or [largest // PAGE_BYTES * PAGE_BYTES]
     ways = (True, False) if all(takes_direct(file) for file in files) else (False,)
-    point_s = budget_s / (len(sizes) * len(ways) * len(THREADS))
-    draw = random.Random(seed)
-    series = []
-    for direct in ways:
-        for threads in THREADS:
-            points = tuple(_measure(files, size, threads, direct, point_s, draw.random()) for size in sizes)
-            latency_s, slope_bytes_per_s = fit([(point.num_bytes, point.read_s) for point in points])
-            asymptote = None if slope_bytes_per_s is None else threads * slope_bytes_per_s
-            series.append(Series(threads, direct, points, latency_s, asymptote))
-    return Curve(expert_bytes, tuple(series), engine_bytes_per_s)
+    series_s = budget_s / (len(ways) * len(THREADS) + 1)
+    reader = _Reader(files, _up(expert_bytes), random.Random(seed))
+    before = machine.bytes_read_from_disk()
+    series = [reader.series(threads, direct, series_s) for direct in ways for threads in THREADS]
+    best = max(series, key=lambda one: reader.at_expert(one).bytes_per_s)
+    with computing():
+        series.append(reader.series(best.threads, best.direct, series_s, under_load=True))
+    after = machine.bytes_read_from_disk()
+    counted = None if before is None or after is None else (after - before) / reader.num_bytes
+    return Curve(expert_bytes, tuple(series), engine_bytes_per_s, counted)
 
 
 def fit(points: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
@@ -115,20 +148,23 @@ def takes_direct(file: Path) -> bool:
         os.close(descriptor)
 
 
-def engine_bandwidth(model: str, *, io_threads: int, budget_s: float = 0.7, seed: int = 0) -> float:
+def engine_bandwidth(
+    loaded: LoadedModel, files: Sequence[Path], *, io_threads: int, budget_s: float = 0.7, seed: int = 0
+) -> float:
     """Expert bytes per second that the engine's own transfer brings into slots, random experts of the model.
+
+    Args:
+        loaded: `runtime.model.meta_model`. files: of its checkpoint.
 
     Raises:
         ExpertFlowError: the checkpoint cannot be served or read.
     """
-    from runtime.model import checkpoint_files, meta_model
     from runtime.transfer.disk import DiskTransfer
     from runtime.transfer.slots import SlotArena
     from runtime.transfer.store import ExpertStore
 
-    loaded = meta_model(model)
     alike = [layer for layer in loaded.layers if layer.parameters == loaded.layers[0].parameters]
-    store = ExpertStore.open(loaded.model, checkpoint_files(model), alike)
+    store = ExpertStore.open(loaded.model, files, alike)
     experts = [layer * store.num_experts + i for layer, one in enumerate(alike) for i in range(one.num_experts)]
     transfer = DiskTransfer(store, SlotArena(min(4, len(experts)), store.slot_bytes), io_threads=io_threads)
     try:
@@ -149,24 +185,58 @@ def _experts_per_s(transfer: Any, experts: Sequence[int], budget_s: float, draw:
     return num_loads / (time.perf_counter() - start)
 
 
-def _measure(files: Sequence[Path], size: int, threads: int, direct: bool, budget_s: float, seed: float) -> Point:
-    large = [file for file in files if file.stat().st_size >= size]
-    start = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        times = pool.map(lambda n: _read_for(large, size, direct, budget_s, seed + n), range(threads))
-        seconds = [read_s for one in times for read_s in one]
-    return Point(size, len(seconds), median(seconds), size * len(seconds) / (time.perf_counter() - start))
+class _Reader:
+    """Reads of several sizes from random places of `files`; `num_bytes` counts what was read."""
+
+    def __init__(self, files: Sequence[Path], expert_bytes: int, draw: random.Random) -> None:
+        self._files, self._draw, self.num_bytes = files, draw, 0
+        largest = max(file.stat().st_size for file in files)
+        self._expert_bytes = min(expert_bytes, largest // PAGE_BYTES * PAGE_BYTES)
+        self._sizes = sorted(size for size in {*SIZES, self._expert_bytes} if size <= largest)
+
+    def at_expert(self, series: Series) -> Point:
+        """The point of a series at the size of an expert."""
+        return next(point for point in series.points if point.num_bytes == self._expert_bytes)
+
+    def series(self, threads: int, direct: bool, budget_s: float, *, under_load: bool = False) -> Series:
+        """Measure one series; each size gets an equal share of the time that is left."""
+        end, points = _clock() + budget_s, list[Point]()
+        room_bytes = _MEMORY_SHARE * machine.available_memory_bytes()
+        for number, size in enumerate(self._sizes):
+            left_s = end - _clock()
+            expected_s = points[-1].read_s * size / points[-1].num_bytes if points else 0.0
+            if size == self._expert_bytes or (expected_s <= left_s and size * threads <= room_bytes):
+                points.append(self._point(size, threads, direct, left_s / (len(self._sizes) - number)))
+        latency_s, slope_bytes_per_s = fit([(point.num_bytes, point.read_s) for point in points])
+        asymptote = None if slope_bytes_per_s is None else threads * slope_bytes_per_s
+        return Series(threads, direct, under_load, tuple(points), latency_s, asymptote)
+
+    def _point(self, size: int, threads: int, direct: bool, budget_s: float) -> Point:
+        files = [file for file in self._files if file.stat().st_size >= size]
+        seeds = [self._draw.random() for _ in range(threads)]
+        buffers = [_touched(size) for _ in seeds]
+        start = _clock()
+        with ThreadPoolExecutor(threads) as pool:
+            read = partial(_read_for, files, direct, start + budget_s)
+            times = pool.map(read, buffers, seeds)
+            seconds = [read_s for one in times for read_s in one]
+        self.num_bytes += size * len(seconds)
+        return Point(size, len(seconds), median(seconds), size * len(seconds) / (_clock() - start))
 
 
-def _read_for(files: Sequence[Path], size: int, direct: bool, budget_s: float, seed: float) -> list[float]:
-    """Seconds of each read, for `budget_s` seconds; at least one."""
-    draw, buffer = random.Random(seed), mmap.mmap(-1, size)
+def _touched(num_bytes: int) -> mmap.mmap:
+    """Memory that is there already: the first touch of a page costs as much as reading it from a fast disk."""
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0))
+
+
+def _read_for(files: Sequence[Path], direct: bool, end_s: float, buffer: mmap.mmap, seed: float) -> list[float]:
+    """Seconds of each read, until `end_s`; at least one."""
+    draw, size = random.Random(seed), len(buffer)
     flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
     descriptors = [os.open(file, flags) for file in files]
     seconds: list[float] = []
-    end = time.perf_counter() + budget_s
     try:
-        while not seconds or time.perf_counter() < end:
+        while not seconds or _clock() < end_s:
             descriptor = draw.choice(descriptors)
             room = os.fstat(descriptor).st_size - size
             seconds.append(_read(descriptor, buffer, draw.randint(0, room // PAGE_BYTES) * PAGE_BYTES, direct))

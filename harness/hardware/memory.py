@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,17 +84,21 @@ class MemoryModel:
         buffer_bytes = process_bytes + BUFFER_BYTES + _PROGRAM_BYTES
         return cls(facts.num_experts_total, facts.slot_bytes, facts.dense_bytes, buffer_bytes, kv_bytes)
 
-    def predict(self, num_slots: int, group: int) -> MemorySum:
-        """The sum for `num_slots` slots and `group` sequences decoded together."""
-        kv_bytes = group * self.kv_bytes_per_sequence
+    def with_context(self, tokens: int, of: int) -> MemoryModel:
+        """The same with sequences of `tokens` tokens, where this one is for `of` tokens."""
+        return replace(self, kv_bytes_per_sequence=self.kv_bytes_per_sequence * tokens // of)
+
+    def predict(self, num_slots: int, num_sequences: int) -> MemorySum:
+        """The sum for `num_slots` slots and so many sequences under way."""
+        kv_bytes = num_sequences * self.kv_bytes_per_sequence
         return machine.required_bytes(self.dense_bytes, num_slots, self.slot_bytes, kv_bytes, self.buffer_bytes)
 
-    def slots_that_fit(self, limit_bytes: int, group: int) -> int:
-        """The most slots, at most all experts, with which the sum for `group` sequences stays within `limit_bytes`.
+    def slots_that_fit(self, limit_bytes: int, num_sequences: int) -> int:
+        """The most slots, at most all experts, with which the sum for so many sequences stays within `limit_bytes`.
 
         Raises:
             BudgetError: not even one fits.
         """
-        kv_bytes = group * self.kv_bytes_per_sequence
+        kv_bytes = num_sequences * self.kv_bytes_per_sequence
         fit = machine.slots_that_fit(limit_bytes, self.dense_bytes, self.slot_bytes, kv_bytes, self.buffer_bytes)
         return min(self.num_experts, fit)

@@ -1,0 +1,125 @@
+"""The time of one expert: measured on real kernels, interpolated between what was measured."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GptOssConfig, NemotronHConfig
+
+from harness.hardware import compute
+from harness.hardware.compute import TOKENS, ExpertTime, computing, expert_seconds, measure_experts
+from runtime.errors import UsageError
+from runtime.experts import KERNELS
+from runtime.model import meta_model
+
+TIMES = (
+    ExpertTime("eager", 1, 1, 10.0),
+    ExpertTime("eager", 1, 4, 16.0),
+    ExpertTime("eager", 1, 8, 20.0),
+    ExpertTime("eager", 4, 1, 4.0),
+    ExpertTime("gemv", 1, 2, 3.0),
+)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "threads", "num_tokens", "seconds"),
+    [
+        ("eager", 1, 1, 10.0),
+        ("eager", 1, 2, 12.0),
+        ("eager", 1, 8, 20.0),
+        ("eager", 1, 18, 30.0),  # along the line through 4 and 8 tokens
+        ("eager", 2, 1, 8.0),  # between 1 and 4 threads
+        ("eager", 16, 1, 4.0),
+        ("gemv", 2, 1, 3.0),
+        ("gemv", 1, 6, 9.0),  # one point only: in proportion
+    ],
+)
+def test_times_between_and_beyond_what_was_measured(kernel: str, threads: int, num_tokens: int, seconds: float) -> None:
+    assert expert_seconds(TIMES, kernel, threads, num_tokens) == pytest.approx(seconds)
+
+
+def test_times_that_fall_do_not_become_negative() -> None:
+    falling = [ExpertTime("eager", 1, 32, 5.0), ExpertTime("eager", 1, 64, 3.0)]
+    assert expert_seconds(falling, "eager", 1, 1000) == 3.0
+
+
+def test_a_time_that_was_disturbed_is_not_believed() -> None:
+    times = [ExpertTime("eager", 2, *point) for point in ((1, 3.0), (2, 90.0), (4, 2.0), (8, 4.0), (16, 400.0))]
+    expected = {1: 3.0, 2: 2.0, 4: 2.0, 8: 4.0, 16: 400.0}
+    assert {tokens: expert_seconds(times, "eager", 2, tokens) for tokens in expected} == expected
+
+
+def test_an_unknown_kernel_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="'tensor'; there are: eager, gemv"):
+        expert_seconds(TIMES, "tensor", 1, 1)
+
+
+def test_every_kernel_and_number_of_threads_is_timed(tiny_checkpoint: Path) -> None:
+    before = torch.get_num_threads()
+    times = measure_experts(meta_model(str(tiny_checkpoint)), 2, threads=(1, 2), budget_s=0.6)
+    assert {(one.kernel, one.threads) for one in times} == {(name, count) for name in KERNELS for count in (1, 2)}
+    assert {one.num_tokens for one in times} <= set(TOKENS) and all(one.seconds > 0 for one in times)
+    assert {(one.kernel, one.threads) for one in times if one.num_tokens == 1} == {
+        (name, count) for name in KERNELS for count in (1, 2)
+    }
+    assert torch.get_num_threads() == before
+
+
+def test_without_any_time_one_token_is_timed_all_the_same(tiny_checkpoint: Path) -> None:
+    times = measure_experts(meta_model(str(tiny_checkpoint)), 2, threads=(1,), budget_s=0.0)
+    assert {one.kernel for one in times if one.num_tokens == 1} == set(KERNELS)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "num_attention_heads": 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GptOssConfig(intermediate_size=48, num_local_experts=4, num_key_value_heads=1, **SMALL),
+        NemotronHConfig(
+            **SMALL,
+            layers_block_type=["moe", "moe"],
+            n_routed_experts=4,
+            moe_intermediate_size=24,
+            n_group=1,
+            topk_group=1,
+        ),
+    ],
+    ids=["transposed with biases", "without a gate"],
+)
+def test_experts_of_another_structure_are_timed(config: Any, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    assert measure_experts(meta_model(str(tmp_path)), 2, threads=(1,), budget_s=0.0)
+
+
+def test_steps_go_round_the_arena(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five experts in the arena, two for a step: no step begins with the experts of the one before."""
+    loaded = meta_model(str(tiny_checkpoint))
+    monkeypatch.setattr(compute, "_ARENA_BYTES", 5 * loaded.layers[0].slot_bytes)
+    seen = list[int]()
+
+    class Watching(KERNELS["eager"]):  # type: ignore[misc]
+        def add(self, arrivals: Any) -> None:
+            seen.extend(one.weights["down_proj"].data_ptr() for one in arrivals)
+            super().add(arrivals)
+
+        def result(self) -> torch.Tensor:
+            out = super().result()
+            assert out.isfinite().all() and out.abs().sum() > 0
+            return out
+
+    monkeypatch.setattr(compute, "_kernels", lambda: {"eager": Watching})
+    measure_experts(loaded, 2, threads=(1,), budget_s=0.05)
+    assert len(set(seen)) == 5 and seen[:5] == seen[5:10]
+
+
+def test_computing_ends_with_its_block() -> None:
+    before = threading.active_count()
+    with computing():
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
