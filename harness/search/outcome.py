@@ -12,14 +12,28 @@ from harness.search.space import Params
 
 
 class Kind(enum.StrEnum):
-    """The outcomes. All but `ok` say that the configuration cannot be used, not that the search failed."""
+    """The outcomes.
+
+    All but three say that the configuration cannot be used, not that the search failed. `ok` was measured; `hopeless`
+    was stopped early, since what it had shown was worse than another configuration in every objective;
+    `environment_changed` says nothing about the configuration.
+    """
 
     OK = "ok"
+    TOO_LARGE = "too_large"
+    """Predicted not to fit, and not launched."""
     OUT_OF_MEMORY = "out_of_memory"
     TIMEOUT = "timeout"
     CRASH = "crash"
     WRONG_TOKENS = "wrong_tokens"
     ERROR = "error"
+    HOPELESS = "hopeless"
+    ENVIRONMENT = "environment_changed"
+
+
+FAILURES = frozenset(Kind) - {Kind.OK, Kind.HOPELESS, Kind.ENVIRONMENT}
+"""Outcomes that make a configuration unusable."""
+OUT_OF_MEMORY = frozenset({Kind.TOO_LARGE, Kind.OUT_OF_MEMORY})
 
 
 @dataclass(frozen=True)
@@ -46,12 +60,21 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`message` says why it is not ok; `result` is what the trial's process answered."""
+    """`message` says why it is not ok; `result` is what the trial's process answered.
+
+    `cpu_s` is the CPU time of that process, `cpu_wait_share` the share of the time in which its main thread could have
+    run but waited for a CPU (None: not known), `environment` what went on beside it (`harness.measure.environment`);
+    `foretold_ms` the latency that the simulator expected beforehand.
+    """
 
     kind: Kind
     message: str = ""
     result: dict[str, Any] | None = None
     wall_s: float = 0.0
+    cpu_s: float = 0.0
+    cpu_wait_share: float | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    foretold_ms: float | None = None
 
     @property
     def measurement(self) -> Measurement:
@@ -60,15 +83,22 @@ class Outcome:
             raise ValueError(f"a trial that ended with {self.kind} has no measurement")
         return Measurement(**{**self.result, "notes": tuple(self.result.get("notes", ()))})
 
+    @property
+    def was_launched(self) -> bool:
+        """False for one that was predicted not to fit."""
+        return self.kind is not Kind.TOO_LARGE
+
 
 @dataclass(frozen=True)
 class Record:
-    """One finished trial. `reused` marks a duplicate that was told what was known and not run."""
+    """One finished trial. `reused` marks a duplicate that was told what was known and not run; `source` says who
+    proposed it: default, seed, simulator or sampler."""
 
     number: int
     params: Params
     outcome: Outcome
     reused: bool
+    source: str = "sampler"
 
 
 @dataclass(frozen=True)
@@ -84,6 +114,17 @@ class Tried:
         return median([run.latency_ms_p50 for run in self.runs])
 
     @property
+    def ttft_ms_p50(self) -> float:
+        """Median over the runs."""
+        return median([run.ttft_ms_p50 for run in self.runs])
+
+    @property
+    def tpot_ms_p50(self) -> float | None:
+        """Median over the runs; None where no request had a second token."""
+        known = [run.tpot_ms_p50 for run in self.runs if run.tpot_ms_p50 is not None]
+        return median(known) if known else None
+
+    @property
     def tokens_per_s(self) -> float:
         """Median over the runs."""
         return median([run.tokens_per_s for run in self.runs])
@@ -94,10 +135,41 @@ class Tried:
         return max(run.peak_memory_bytes for run in self.runs)
 
 
-def feasible(tried: Iterable[Tried], max_memory_bytes: int | None) -> list[Tried]:
-    """Those within the limit, fastest first."""
-    within = [one for one in tried if max_memory_bytes is None or one.peak_memory_bytes <= max_memory_bytes]
-    return sorted(within, key=lambda one: one.latency_ms_p50)
+@dataclass(frozen=True)
+class Limits:
+    """What the user will not have exceeded; None: no limit.
+
+    Attributes:
+        max_memory_bytes: on the peak. slo_tpot_ms, slo_ttft_ms: on the medians over requests.
+    """
+
+    max_memory_bytes: int | None = None
+    slo_tpot_ms: float | None = None
+    slo_ttft_ms: float | None = None
+
+    def excess(self, one: Tried) -> dict[str, float]:
+        """How far above each limit, as a share of it, by its name: 0.1 is 10 % too much, below 0 is within.
+
+        Every limit is there, in one order; one that is not set is at -1.
+        """
+        pairs = {
+            "memory": (one.peak_memory_bytes, self.max_memory_bytes),
+            "slo_tpot": (one.tpot_ms_p50, self.slo_tpot_ms),
+            "slo_ttft": (one.ttft_ms_p50, self.slo_ttft_ms),
+        }
+        return {
+            name: -1.0 if value is None or limit is None else value / limit - 1
+            for name, (value, limit) in pairs.items()
+        }
+
+    def allow(self, one: Tried) -> bool:
+        """True when nothing is exceeded."""
+        return all(value <= 0 for value in self.excess(one).values())
+
+
+def feasible(tried: Iterable[Tried], limits: Limits) -> list[Tried]:
+    """Those within the limits, fastest first."""
+    return sorted((one for one in tried if limits.allow(one)), key=lambda one: one.latency_ms_p50)
 
 
 def front(tried: Sequence[Tried]) -> list[Tried]:
