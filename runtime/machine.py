@@ -116,6 +116,12 @@ def cpu_count() -> int:
     return max(1, int(min([allowed, *_cpu_quotas()])))
 
 
+def cpu_quota_periods() -> tuple[int, int]:
+    """Periods of the CPU quotas of the control groups around this process so far, and in how many it was used up."""
+    stats = [dict(line.split() for line in _lines(folder / "cpu.stat")) for folder in _group_folders("cpu")]
+    return sum(int(s.get("nr_periods", 0)) for s in stats), sum(int(s.get("nr_throttled", 0)) for s in stats)
+
+
 def fingerprint(device: str = "cpu") -> dict[str, str | int]:
     """What a measurement depends on, for the provenance of a profile. No host name, no serial number."""
     facts: dict[str, str | int] = {

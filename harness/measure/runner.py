@@ -64,10 +64,19 @@ class RunResult:
         return hashlib.sha256(repr(self.predicted_ids).encode()).hexdigest()
 
 
-def serve(engine: Engine, requests: Sequence[TokenRequest], concurrency: int) -> RunResult:
+def serve(
+    engine: Engine,
+    requests: Sequence[TokenRequest],
+    concurrency: int,
+    *,
+    on_finish: Callable[[RequestResult], None] = lambda result: None,
+) -> RunResult:
     """Replay `requests` as the engine's profile would serve them, `concurrency` outstanding at any time.
 
     A single one is decoded as by `generate`; more go through continuous batching, with the profile's scheduler.
+
+    Args:
+        on_finish: told each result as soon as its request is complete.
 
     Raises:
         ValueError: no requests, or `concurrency` below 1.
@@ -75,7 +84,7 @@ def serve(engine: Engine, requests: Sequence[TokenRequest], concurrency: int) ->
     if not requests or concurrency < 1:
         raise ValueError(f"nothing to run: {len(requests)} requests, concurrency {concurrency}")
     if concurrency == 1:
-        return replay(engine.model, requests)
+        return replay(engine.model, requests, on_finish=on_finish)
     # Imported late: peers are measured with `replay` too, and this would be in their memory.
     from runtime.serving import run_batch
 
@@ -83,7 +92,7 @@ def serve(engine: Engine, requests: Sequence[TokenRequest], concurrency: int) ->
         PromptRequest(request.id, request.prompt_ids, task=request.task, output_ids=request.output_ids)
         for request in requests
     ]
-    return RunResult(run_batch(engine, replays, concurrency=concurrency).requests)
+    return RunResult(run_batch(engine, replays, concurrency=concurrency, on_finish=on_finish).requests)
 
 
 @torch.inference_mode()
@@ -93,6 +102,7 @@ def replay(
     *,
     clock: Clock = time.perf_counter,
     on_decode: Callable[[], None] = lambda: None,
+    on_finish: Callable[[RequestResult], None] = lambda result: None,
 ) -> RunResult:
     """Decode `requests` one after another and time them; each arrives when the one before it finishes.
 
@@ -101,6 +111,7 @@ def replay(
         requests: each with at least one prompt and one output token.
         clock: seconds, monotonic.
         on_decode: called once per request, between its prefill and its first decode step.
+        on_finish: told each result as soon as its request is complete; the next one arrives when it returns.
 
     Raises:
         ValueError: no requests.
@@ -119,7 +130,8 @@ def replay(
             finish = clock()
         times = (arrival - start, first - start, finish - start)
         results.append(RequestResult(request.id, request.task, *times, request.output_ids, tuple(predicted)))
-        arrival = finish
+        on_finish(results[-1])
+        arrival = clock()
     return RunResult(tuple(results))
 
 

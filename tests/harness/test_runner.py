@@ -64,6 +64,18 @@ def test_the_hook_runs_between_prefill_and_decode() -> None:
     assert seen == [1, 4]
 
 
+def test_each_result_is_told_when_its_request_is_complete() -> None:
+    model, seen = Ticking(), []
+
+    def slow(result: Any) -> None:
+        seen.append((result.id, model.now))
+        model.now += 10.0
+
+    result = replay(model, _requests(2), clock=model.clock, on_finish=slow)
+    assert seen == [("0", 3.0), ("1", 16.0)]
+    assert [(r.arrival_s, r.finish_s) for r in result.requests] == [(0, 3), (13, 16)]  # the listener's time is nobody's
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_checkpoint: Path) -> Iterator[runtime.Engine]:
     overrides = {"cache.slots": "50%", "scheduler.group": 2, "scheduler.window": 2}
@@ -82,7 +94,9 @@ def test_predictions_are_those_of_one_forward_over_the_whole_text(engine: runtim
     requests = _texts(4, 7, 6, 3)
     phases: list[tuple[int, ...]] = []
     engine.on_pass(lambda passing: phases.append(passing.requests))
-    result = serve(engine, requests, concurrency)
+    told: list[Any] = []
+    result = serve(engine, requests, concurrency, on_finish=told.append)
+    assert sorted(told, key=lambda one: one.id) == list(result.requests)
     assert max(len(set(numbers)) for numbers in phases) == min(concurrency, 2)  # the profile's group
     with torch.inference_mode():
         texts = [torch.tensor([[*request.prompt_ids, *request.output_ids]]) for request in requests]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness.search import trial
+from harness.search import child
 from harness.search.outcome import Kind, Outcome
 from harness.search.trial import TrialRunner, bare_process
 from runtime.errors import BudgetError, CheckpointError
@@ -47,6 +48,45 @@ def allocate_in_torch(_: None) -> dict[str, Any]:
     return {"rows": len(torch.empty(1 << 60))}
 
 
+def exceed_address_space(_: None) -> dict[str, Any]:
+    import numpy as np
+
+    used_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = used_pages * resource.getpagesize() + (64 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return {"sum": float(np.ones(1 << 28).sum())}
+
+
+def interrupted_but_goes_on(_: None) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.killpg(os.getpid(), signal.SIGINT)
+    return {"goes on": True}
+
+
+def no_json(_: None) -> dict[str, Any]:
+    return {"value": object()}
+
+
+def garbage_for_an_answer(ending: bytes) -> dict[str, Any]:
+    assert child._pipe is not None
+    child._pipe.sendall(b"\xff{" * 4000 + ending)
+    time.sleep(600 if ending else 0)
+    os._exit(0)
+
+
+def half_an_answer(_: None) -> dict[str, Any]:
+    assert child._pipe is not None
+    child._pipe.sendall(b'{"kind": "ok", "message')
+    time.sleep(600)
+    return {}
+
+
+def count_up(numbers: int) -> dict[str, Any]:
+    for number in range(numbers):
+        child.report({"number": number})
+    return {"numbers": numbers}
+
+
 def user_mistake(_: None) -> dict[str, Any]:
     raise CheckpointError("the shard is missing")
 
@@ -71,9 +111,27 @@ def killed(_: None) -> dict[str, Any]:
 
 
 def hang(path: str) -> dict[str, Any]:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    Path(path).write_text(f"{os.getpid()} {child.pid}")
+    grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(path).write_text(f"{os.getpid()} {grandchild.pid}")
     time.sleep(600)
+    return {}
+
+
+def report_and_hang(path: str) -> dict[str, Any]:
+    grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(path).write_text(f"{os.getpid()} {grandchild.pid}")
+    count_up(3)
+    time.sleep(600)
+    return {}
+
+
+SPUN_S = 0.05  # more than a tick of the kernel's clock
+
+
+def spin(_: None) -> dict[str, Any]:
+    while time.process_time() < 2 * SPUN_S:
+        pass
+    child.report({"spun": True})
     return {}
 
 
@@ -95,6 +153,8 @@ def test_the_result_comes_back_from_a_warm_process_with_a_session_of_its_own(run
         (run_out, Kind.OUT_OF_MEMORY, "MemoryError"),
         (over_budget, Kind.OUT_OF_MEMORY, "no slot fits"),
         (allocate_in_torch, Kind.OUT_OF_MEMORY, "RuntimeError"),
+        (exceed_address_space, Kind.OUT_OF_MEMORY, "allocate"),
+        (no_json, Kind.ERROR, "not JSON serializable"),
         (user_mistake, Kind.ERROR, "the shard is missing"),
         (stumble, Kind.ERROR, "IndexError"),
         (segfault, Kind.CRASH, "SIGSEGV; it last said: about to fall"),
@@ -112,13 +172,68 @@ def test_killed_by_the_kernel_for_memory_is_told_from_killed(
     runner: TrialRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = iter([7, 8])
-    monkeypatch.setattr(trial, "_oom_kills", lambda: next(counts))
+    monkeypatch.setattr(child, "_oom_kills", lambda: next(counts))
     assert runner.run(killed, None, 60).kind is Kind.OUT_OF_MEMORY
 
 
-def test_garbage_instead_of_a_result_is_an_error() -> None:
-    assert trial._outcome(b"\xff{", 0, False, "").kind is Kind.ERROR
-    assert trial._outcome(b'{"kind": "fine"}', 0, False, "").kind is Kind.ERROR
+@pytest.mark.parametrize("ending", [b"\n", b""])
+def test_garbage_instead_of_an_answer_is_an_error(
+    runner: TrialRunner, monkeypatch: pytest.MonkeyPatch, ending: bytes
+) -> None:
+    monkeypatch.setattr(child, "_EXIT_GRACE_S", 0.2)
+    outcome = runner.run(garbage_for_an_answer, ending, 60)
+    assert outcome.kind is Kind.ERROR and "something else than a result" in outcome.message
+
+
+@pytest.mark.parametrize("line", [b"3", b"null", b'"ok"', b'{"kind": "fine"}', b'{"kind": "ok"}', b'{"progress": 1}'])
+def test_what_is_no_answer_is_an_error(line: bytes) -> None:
+    found = child._read(line)
+    assert isinstance(found, Outcome) and found.kind is Kind.ERROR
+
+
+def test_garbage_without_end_is_not_collected_for_ever(runner: TrialRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_MOST_LINE_BYTES", 1000)
+    assert runner.run(garbage_for_an_answer, b"", 60).kind is Kind.ERROR
+
+
+def test_an_answer_that_never_ends_is_a_timeout(runner: TrialRunner) -> None:
+    assert runner.run(half_an_answer, None, 1).kind is Kind.TIMEOUT
+
+
+def test_reports_come_in_order_and_before_the_answer(runner: TrialRunner) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def watch(progress: dict[str, Any]) -> str:
+        seen.append(progress)
+        return ""
+
+    assert runner.run(count_up, 500, 60, watch).result == {"numbers": 500}
+    assert [one["number"] for one in seen] == list(range(500))
+    assert runner.run(count_up, 500, 60).result == {"numbers": 500}  # nobody need listen
+
+
+def test_a_trial_that_is_not_worth_finishing_is_ended(runner: TrialRunner, tmp_path: Path) -> None:
+    outcome = runner.run(
+        report_and_hang, str(tmp_path / "pids"), 60, lambda progress: "too slow" if progress["number"] == 2 else ""
+    )
+    assert (outcome.kind, outcome.message, outcome.result) == (Kind.HOPELESS, "too slow", {"number": 2})
+    assert _wait_until_gone([int(pid) for pid in (tmp_path / "pids").read_text().split()])
+
+
+def test_reports_outside_of_a_trial_go_nowhere() -> None:
+    assert count_up(3) == {"numbers": 3}
+
+
+def test_the_cpu_time_of_a_trial_is_known_however_it_ends(runner: TrialRunner, tmp_path: Path) -> None:
+    done, stopped = runner.run(spin, None, 60), runner.run(spin, None, 60, lambda progress: "enough")
+    assert (done.kind, stopped.kind) == (Kind.OK, Kind.HOPELESS)
+    for outcome in (done, stopped):
+        assert outcome.cpu_s >= SPUN_S
+        assert outcome.cpu_wait_share is None or 0 <= outcome.cpu_wait_share < 1
+
+
+def test_ctrl_c_does_not_reach_a_trial(runner: TrialRunner) -> None:
+    assert runner.run(interrupted_but_goes_on, None, 60).result == {"goes on": True}
 
 
 def _is_gone(pid: int) -> bool:
