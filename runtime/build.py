@@ -116,11 +116,10 @@ def build_scheduler(profile: Profile, max_kv_tokens: int | None = None) -> Sched
     """
     section = profile.scheduler
     if section.kind == "route_overlap":
-        # A single batch leaves it nothing to choose between; ExpertFlow looks at two.
-        return RouteOverlap(section.group, section.window or 2, section.quantum or QUANTUM)
+        return RouteOverlap(section.group, section.num_batches, section.quantum or QUANTUM)
     if section.kind == "deadline":
-        return Deadline(section.group, section.window or 1, max_kv_tokens)
-    return Fifo(section.group, section.window or 1)
+        return Deadline(section.group, section.num_batches, max_kv_tokens)
+    return Fifo(section.group, section.num_batches)
 
 
 def build_routes(engine: Engine) -> RoutePredictor | None:

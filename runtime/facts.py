@@ -120,11 +120,12 @@ DEFAULT_CONTEXT = 4096  # tokens of KV cache that are allowed for where the prof
 
 
 def _kv_bytes(profile: Profile, facts: ModelFacts) -> int:
-    """What the profile sets aside, else the upper bound for its context and group."""
+    """What the profile sets aside, else the upper bound for its context and the sequences under way."""
     if profile.cache.kv_bytes is not None:
         return profile.cache.kv_bytes
     context = (profile.workload.context if profile.workload is not None else None) or DEFAULT_CONTEXT
-    return machine.kv_cache_bytes(facts.config, context, profile.scheduler.group, dtype_bytes=facts.dtype.itemsize)
+    sequences = profile.scheduler.num_sequences
+    return machine.kv_cache_bytes(facts.config, context, sequences, dtype_bytes=facts.dtype.itemsize)
 
 
 def wanted_slots(slots: int | str | None, num_experts: int) -> int:

@@ -137,6 +137,12 @@ class Workload(_Section):
     """Requests outstanding at a time."""
     context: Count | None = None
     """Longest prompt with its answer, in tokens."""
+    num_requests: Count | None = None
+    """Of a measured run."""
+    prompt_tokens: Count | None = None
+    """Of each of them."""
+    output_tokens: Count | None = None
+    """Of each of them."""
 
 
 class Limits(_Section):
@@ -234,6 +240,17 @@ class Scheduler(_Section):
     """Batches of `group` that take turns; None: 2 for route_overlap, which distributes requests among them, else 1."""
     quantum: Count | None = None
     """Tokens that a batch of route_overlap decodes before the next one's turn; others have none. None: its default."""
+
+    @property
+    def num_batches(self) -> int:
+        """`window`, or what it is where it is left out: a single batch leaves route_overlap nothing to choose between;
+        ExpertFlow looks at two."""
+        return self.window or (2 if self.kind == "route_overlap" else 1)
+
+    @property
+    def num_sequences(self) -> int:
+        """Under way at most: each needs a KV cache."""
+        return self.group * self.num_batches
 
 
 class Compute(_Section):

@@ -83,7 +83,14 @@ def _passage(path: Path, number: int, line: str) -> Passage:
 
 
 def cut(
-    workload: Workload, tokenizer: Any, *, prompt_tokens: int, output_tokens: int, num_requests: int, part: Part
+    workload: Workload,
+    tokenizer: Any,
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    num_requests: int,
+    part: Part,
+    most_requests: int | None = None,
 ) -> tuple[TokenRequest, ...]:
     """Take `num_requests` equally long requests out of one part of a workload; deterministic.
 
@@ -94,6 +101,7 @@ def cut(
         tokenizer: a transformers tokenizer; no special tokens are added.
         prompt_tokens, output_tokens, num_requests: at least 1.
         part: "search" is tuned on, "confirm" is measured on.
+        most_requests: take up to so many where there is text for them.
 
     Raises:
         WorkloadError: that part has too little text; the message says how much there is.
@@ -114,7 +122,34 @@ def cut(
             f"the workload {workload.name} has text for {len(found)} of {num_requests} requests of {length} tokens "
             f"in its {part} part ({total} tokens in all); ask for fewer or shorter requests, or give a longer workload"
         )
-    return tuple(found[:num_requests])
+    return tuple(found[: max(num_requests, most_requests or 0)])
+
+
+def segments(
+    workload: Workload,
+    tokenizer: Any,
+    *,
+    prompt_tokens: int,
+    output_tokens: int,
+    num_requests: int,
+    num_segments: int,
+    part: Part = "confirm",
+) -> list[tuple[TokenRequest, ...]]:
+    """Up to `num_segments` times `num_requests` requests of one part, no text twice; at least one segment. See `cut`.
+
+    Raises:
+        WorkloadError: that part has too little text for one segment.
+    """
+    found = cut(
+        workload,
+        tokenizer,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        num_requests=num_requests,
+        most_requests=num_requests * num_segments,
+        part=part,
+    )
+    return [found[i : i + num_requests] for i in range(0, len(found) - num_requests + 1, num_requests)]
 
 
 def passages(workload: Workload, part: Part | None) -> list[Passage]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from harness.measure.stats import median, paired_difference, paired_ratio, summarize
+from harness.measure.stats import exact_confidence, exact_ratio, median, paired_difference, paired_ratio, summarize
 
 
 def test_summary_of_a_known_sample() -> None:
@@ -55,10 +55,48 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 88 <= covered <= 100
 
 
+@pytest.mark.parametrize(
+    ("num_pairs", "confidence", "ends"),
+    [
+        (1, 0.0, (1, 1)),
+        (5, 0.9375, (1, 5)),  # the range: more cannot be had
+        (6, 0.96875, (1, 6)),
+        (8, 0.9921875, (1, 8)),
+        (9, 0.9609375, (2, 8)),
+        (12, 1 - 2 * (1 + 12 + 66) / 4096, (3, 10)),
+        (20, 1 - 2 * 21700 / 2**20, (6, 15)),
+    ],
+)
+def test_the_exact_interval_lies_between_the_order_statistics_of_the_textbook(
+    num_pairs: int, confidence: float, ends: tuple[int, int]
+) -> None:
+    ratio = exact_ratio([float(n) for n in range(num_pairs, 0, -1)], [1.0] * num_pairs)
+    assert (ratio.low, ratio.high) == pytest.approx(ends) and ratio.num_pairs == num_pairs
+    assert exact_confidence(num_pairs) == pytest.approx(confidence)
+
+
+def test_the_exact_interval_covers_the_truth_whatever_the_noise() -> None:
+    rng, covered = np.random.default_rng(3), 0
+    for _ in range(1000):
+        noise = rng.standard_cauchy(9)  # no mean, no variance
+        ratio = exact_ratio(np.exp(np.log(1.5) + np.clip(noise, -50, 50)).tolist(), [1.0] * 9)
+        covered += ratio.low <= 1.5 <= ratio.high
+    # 96.1 % of 1000, with three standard deviations of 0.6 %.
+    assert abs(covered - 1000 * exact_confidence(9)) <= 19
+
+
+def test_less_confidence_is_a_narrower_exact_interval() -> None:
+    top = [float(n) for n in range(1, 13)]
+    wide, narrow = exact_ratio(top, [1.0] * 12), exact_ratio(top, [1.0] * 12, confidence=0.8)
+    assert wide.low < narrow.low < narrow.estimate == wide.estimate < narrow.high < wide.high
+    assert 0.8 <= exact_confidence(12, 0.8) < 0.95
+
+
 @pytest.mark.parametrize(("top", "bottom"), [([], []), ([1.0], [1.0, 2.0]), ([0.0], [1.0]), ([1.0], [-1.0])])
 def test_what_makes_no_pairs_is_refused(top: list[float], bottom: list[float]) -> None:
-    with pytest.raises(ValueError):
-        paired_ratio(top, bottom)
+    for ratio in (paired_ratio, exact_ratio):
+        with pytest.raises(ValueError):
+            ratio(top, bottom)
 
 
 def test_differences_are_paired_and_may_be_nothing() -> None:
