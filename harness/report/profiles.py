@@ -1,4 +1,4 @@
-"""From what was measured to the profile that says so."""
+"""What a profile says of its origin: figures, machine, versions."""
 
 from __future__ import annotations
 
@@ -11,21 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.measure.stats import median
-from harness.search.confirm import Confirmation
-from harness.search.outcome import Kind, Measurement, Record
+from harness.search.outcome import Measurement
 from runtime import machine
-from runtime.profile import (
-    Bandwidth,
-    Evidence,
-    Limits,
-    Match,
-    ModelIdentity,
-    Objectives,
-    Profile,
-    Provenance,
-    Ratio,
-    Workload,
-)
+from runtime.profile import Bandwidth, Match, ModelIdentity, Objectives, Provenance
 
 _PACKAGES = ("expertflow", "torch", "transformers", "optuna", "numba")
 _BANDWIDTH_TOLERANCE = 0.5
@@ -47,31 +35,6 @@ def objectives(runs: Sequence[Measurement]) -> Objectives:
         peak_memory_bytes=max(run.peak_memory_bytes for run in runs),
         bytes_per_token=middle([run.stats.get("bytes_per_token") for run in runs]),
         hit_rate=middle([run.stats.get("hit_rate") for run in runs]),
-    )
-
-
-def evidence(
-    records: Sequence[Record],
-    baseline: Sequence[Measurement],
-    confirmation: Confirmation | None,
-    *,
-    seed: int,
-    memory_model_error: float | None,
-) -> Evidence:
-    """What stands behind the choice; the ratio only where the chosen configuration is the one that was confirmed."""
-    run = [record for record in records if not record.reused]
-    ratio = None
-    if confirmation is not None and confirmation.ratio is not None and confirmation.is_proven:
-        found = confirmation.ratio
-        ratio = Ratio(estimate=found.estimate, low=found.low, high=found.high, confidence=confirmation.confidence)
-    return Evidence(
-        baseline=objectives(baseline) if baseline else None,
-        ratio=ratio,
-        pairs=None if ratio is None or confirmation is None else len(confirmation.default),
-        trials=len(run),
-        oom=sum(record.outcome.kind is Kind.OUT_OF_MEMORY for record in run),
-        seed=seed,
-        memory_model_error=memory_model_error,
     )
 
 
@@ -122,32 +85,6 @@ def near(path: str) -> str:
     """A path below the working folder as a relative one; anything else as it is."""
     absolute = Path(path).absolute()
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else path
-
-
-def tuned(
-    base: Profile,
-    overrides: dict[str, Any],
-    *,
-    fixed: Sequence[str],
-    max_memory_bytes: int | None,
-    workload: Workload,
-    measured: Objectives,
-    proof: Evidence,
-    where: Match,
-    origin: Provenance,
-) -> Profile:
-    """The profile of a configuration with everything that was found."""
-    return base.with_overrides(overrides).model_copy(
-        update={
-            "match": where,
-            "workload": workload,
-            "limits": None if max_memory_bytes is None else Limits(max_memory_bytes=max_memory_bytes),
-            "fixed": tuple(fixed),
-            "objectives": measured,
-            "evidence": proof,
-            "provenance": origin,
-        }
-    )
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -1,136 +1,170 @@
-"""The folder of a run (trials.csv, pareto.csv, pareto.png, environment.json beside the journal), and the profile."""
+"""From the parts of the tuner to the values that its outputs are made of."""
 
 from __future__ import annotations
 
-import datetime
-import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from harness.hardware.memory import MemoryModel
-from harness.report.plots import pareto_png
-from harness.report.profiles import commit, evidence, match, near, objectives, provenance, tuned, versions
-from harness.report.tables import front_table, trials_table
+from harness.report.profiles import match, objectives, provenance
+from harness.report.results import Results
+from harness.report.run_file import Confirmed, Point, Run, RunFile, count_outcomes
+from harness.search.agreement import Agreement, agreement, foretold
+from harness.search.confirm import Confirmation
 from harness.search.loop import Choice
-from harness.search.outcome import Measurement, Tried, feasible, front
-from harness.search.setup import Setup
-from harness.search.space import Params
+from harness.search.objective import Objective
+from harness.search.outcome import Measurement, Tried, feasible
+from harness.search.setup import Settings, Setup
+from harness.search.space import Params, Space, Value
 from harness.search.study import Study
-from runtime import machine
-from runtime.files import write_atomic
-from runtime.profile import Profile, Workload, save_profile
+from runtime import profile
 
 
-def write_run(setup: Setup, study: Study, choice: Choice | None, stop_reason: str) -> pd.DataFrame:
-    """Write what was measured so far, each file wholly or not at all; the Pareto table and the default's row."""
-    folder, space = setup.settings.folder, setup.space
-    tried = study.tried()
-    chosen = choice.params if choice is not None else best_so_far(study)
-    default = next((one for one in tried if one.params == space.default), None)
-    best = front(feasible(tried, study.max_memory_bytes))
-    shown = [*best, *([] if default is None or default in best else [default])]
-    table = front_table(shown, space, default, chosen or {})
-    write_atomic(folder / "trials.csv", trials_table(study.records(), space).to_csv(index=False))
-    write_atomic(folder / "pareto.csv", table.head(len(best)).to_csv(index=False))
-    write_atomic(folder / "environment.json", json.dumps(_environment(setup, study, choice, stop_reason), indent=2))
-    if tried:
-        limit = study.max_memory_bytes
-        write_atomic(folder / "pareto.png", pareto_png(tried, space.default, chosen or {}, limit))
-    return table
+def collect(
+    setup: Setup,
+    study: Study,
+    choice: Choice | None,
+    stop_reason: str,
+) -> Results:
+    """Everything that the outputs need, from the parts of the tuner.
 
-
-def best_so_far(study: Study) -> Params | None:
-    """The fastest configuration within the limit, unconfirmed; None while the default was not measured."""
-    within = feasible(study.tried(), study.max_memory_bytes)
-    return within[0].params if any(one.params == study.space.default for one in within) else None
-
-
-def write_profile(setup: Setup, study: Study, choice: Choice, path: Path) -> Profile:
-    """Write the profile of the choice to `path`."""
-    settings, space, confirmation = setup.settings, setup.space, choice.confirmation
-    values = space.complete(choice.params)
-    runs, baseline = _runs(study, choice)
-    proof = evidence(
-        study.records(),
-        baseline,
-        confirmation,
-        seed=settings.seed,
-        memory_model_error=_memory_error(setup, values, runs),
+    Args:
+        choice: None before there is one: the best so far stands for it.
+    """
+    records, tried = study.records(), study.tried()
+    simulated = foretold(records)
+    agreed = agreement(simulated, tried)
+    run = _run_file(setup, study, choice, stop_reason, agreed)
+    return Results(
+        folder=setup.settings.folder,
+        run=run,
+        records=records,
+        tried=tried,
+        space=study.space,
+        simulated=simulated,
+        importances=study.importances(),
+        environment=_environment(setup, study, choice, run, agreed),
+        again=resume_command(setup.settings),
     )
-    profile = tuned(
-        setup.base,
-        space.overrides(choice.params),
+
+
+def best_so_far(study: Study, objective: Objective) -> Params | None:
+    """The best configuration within the limits, unconfirmed; None while the default was not measured within them."""
+    within = feasible(study.tried(), study.limits)
+    default = next((one for one in within if one.params == study.space.default), None)
+    return None if default is None else objective.rank(within, default)[0].params
+
+
+def resume_command(settings: Settings) -> str:
+    """The command that goes on with the run."""
+    words = shlex.split(settings.command)
+    has_out = any(word == "--out" or word.startswith("--out=") for word in words)
+    out = [] if has_out else ["--out", str(settings.folder)]
+    return shlex.join([*words, *out, *([] if "--resume" in words else ["--resume"])])
+
+
+def _run_file(setup: Setup, study: Study, choice: Choice | None, stop_reason: str, agreed: Agreement | None) -> RunFile:
+    settings, space, tried = setup.settings, study.space, study.tried()
+    confirmed = None if choice is None else _confirmed(choice.confirmation, tried, space.default)
+    best = best_so_far(study, settings.objective)
+    chosen = best if choice is None else choice.params
+    nothing = "nothing was measured that can be used" if best is None else "the best so far, unconfirmed"
+    return RunFile(
+        base=setup.base,
+        num_experts=space.setting.num_experts,
         fixed=tuple(settings.fixed),
-        max_memory_bytes=settings.max_memory_bytes,
-        workload=Workload(
+        objective=settings.objective,
+        limits=study.limits,
+        workload=profile.Workload(
             name=setup.workload.name,
             sha256=setup.workload.sha256,
             concurrency=settings.concurrency,
             context=settings.context,
+            **asdict(setup.sizes),
         ),
-        measured=objectives(runs),
-        proof=proof,
-        where=match(setup.facts.identity, setup.probe.curve.engine_bytes_per_s),
-        origin=provenance(settings.model, settings.command),
+        match=match(setup.facts.identity, setup.probe.curve.engine_bytes_per_s),
+        provenance=provenance(settings.model, settings.command),
+        default=space.default,
+        chosen=None if chosen is None else dict(chosen),
+        reason=nothing if choice is None else choice.reason,
+        drift=None if choice is None else choice.drift,
+        stop_reason=stop_reason,
+        seed=settings.seed,
+        outcomes=count_outcomes(study.records()),
+        simulator_rank_correlation=None if agreed is None else round(agreed.rank_correlation, 3),
+        points=tuple(_point(one, space, setup.guard.error_of(one)) for one in tried),
+        confirmed=confirmed,
+        failed=() if choice is None else _failed(choice.confirmation),
     )
-    save_profile(profile, path)
-    return profile
 
 
-def _runs(study: Study, choice: Choice) -> tuple[tuple[Measurement, ...], tuple[Measurement, ...]]:
-    """Runs of the choice and of the default: side by side on the confirming text, else the search's."""
-    confirmation, default = choice.confirmation, study.space.default
-    if confirmation is not None and confirmation.ratio is not None:
-        chosen = confirmation.default if choice.params == default else confirmation.finalist
-        return chosen, confirmation.default
-    by_params = {_frozen(one): one.runs for one in study.tried()}
-    return by_params[_frozen(choice.params)], by_params.get(_frozen(default), ())
-
-
-def _frozen(params: Tried | Params) -> frozenset[tuple[str, Any]]:
-    return frozenset((params.params if isinstance(params, Tried) else params).items())
-
-
-def _memory_error(setup: Setup, values: Params, runs: tuple[Measurement, ...]) -> float | None:
-    """Measured over predicted peak minus 1, at the context that was measured."""
-    measured = max(run.peak_memory_bytes for run in runs)
-    predicted = _at_context(setup.memory, setup.settings.context, setup.sizes.context).predict(
-        int(values["slots"]), int(values["group"])
+def _point(one: Tried, space: Space, memory_model_error: float) -> Point:
+    return Point(
+        params=dict(one.params),
+        values=space.complete(one.params),
+        overrides=space.overrides(one.params),
+        runs=tuple(Run.of(run) for run in one.runs),
+        memory_model_error=round(memory_model_error, 4),
     )
-    return round(measured / predicted.total_bytes - 1, 4)
 
 
-def _at_context(memory: MemoryModel, context: int, measured: int) -> MemoryModel:
-    fields = asdict(memory)
-    return MemoryModel(**{**fields, "kv_bytes_per_sequence": memory.kv_bytes_per_sequence * measured // context})
+def _confirmed(found: Confirmation | None, tried: Sequence[Tried], default: Params) -> Confirmed | None:
+    """Figures of both; their peaks are the highest that was seen, in the search too: they are promises."""
+    if found is None or found.ratio is None:
+        return None
+    searched = {frozenset(one.params.items()): one.runs for one in tried}
+
+    def figures(params: Params, runs: Sequence[Measurement]) -> profile.Objectives:
+        known = [*runs, *searched.get(frozenset(params.items()), ())]
+        return objectives(runs).model_copy(update={"peak_memory_bytes": max(run.peak_memory_bytes for run in known)})
+
+    ratio = found.ratio
+    return Confirmed(
+        params=dict(found.params),
+        objectives=figures(found.params, found.finalist),
+        baseline=figures(default, found.default),
+        ratio=profile.Ratio(estimate=ratio.estimate, low=ratio.low, high=ratio.high, confidence=found.confidence),
+        pairs=len(found.default),
+        is_proven=found.is_proven,
+    )
 
 
-def _environment(setup: Setup, study: Study, choice: Choice | None, stop_reason: str) -> dict[str, Any]:
-    settings = setup.settings
+def _failed(found: Confirmation | None) -> tuple[dict[str, Value], ...]:
+    if found is None:
+        return ()
+    screened = [one.params for one in found.screening if one.failure and one.ratio is None]
+    last = [found.params] if found.failure and found.ratio is None and found.params not in screened else []
+    return tuple(dict(params) for params in (*screened, *last))
+
+
+def _environment(
+    setup: Setup, study: Study, choice: Choice | None, run: RunFile, agreed: Agreement | None
+) -> dict[str, Any]:
+    settings, origin = setup.settings, run.provenance
+    confirmation = None if choice is None else choice.confirmation
     return {
         "command": settings.command,
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions(),
-        "hardware": machine.fingerprint(),
-        "model": near(settings.model),
+        "written": origin.created,
+        "commit": origin.commit,
+        "versions": origin.versions,
+        "hardware": origin.hardware,
+        "model": origin.model,
         "identity": setup.facts.identity.model_dump(),
         "workload": {"name": setup.workload.name, "sha256": setup.workload.sha256, **asdict(setup.sizes)},
         "concurrency": settings.concurrency,
-        "seed": settings.seed,
+        "objective": str(run.objective),
+        "limits": asdict(run.limits),
+        "seed": run.seed,
         "study": study.name,
-        "stop_reason": stop_reason,
+        "stop_reason": run.stop_reason,
         "memory_limit_bytes": setup.memory_limit_bytes,
         "probe": setup.probe.as_dict(),
-        "choice": None
-        if choice is None
-        else {
-            "params": dict(choice.params),
-            "reason": choice.reason,
-            "drift": choice.drift,
-            "confirmation": None if choice.confirmation is None else choice.confirmation.as_dict(),
-        },
+        "simulator": None
+        if agreed is None
+        else {"rank_correlation": agreed.rank_correlation, "median_error": agreed.median_error},
+        "chosen": run.chosen,
+        "reason": run.reason,
+        "drift": run.drift,
+        "confirmation": None if confirmation is None else confirmation.as_dict(),
     }

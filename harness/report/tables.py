@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from harness.search.outcome import Kind, Record, Tried
-from harness.search.space import Params, Space
+from harness.search.outcome import Kind, Limits, Outcome, Record, Tried
+from harness.search.space import Params, Space, Value
 
 _MEASURED = (
     "latency_ms_p50",
@@ -21,20 +21,44 @@ _MEASURED = (
     "tokens_sha256",
 )
 _COUNTED = ("hit_rate", "bytes_per_token", "stall_s", "num_prefetch_issued", "num_prefetch_used")
+_MOST_ROWS = 15
 
 
-def trials_table(records: Sequence[Record], space: Space) -> pd.DataFrame:
-    """One row per trial: number, every knob (its default where left out), outcome, figures where measured."""
-    return pd.DataFrame([_trial_row(record, space) for record in records])
+def trials_table(
+    records: Sequence[Record], space: Space, limits: Limits, simulated: Sequence[tuple[Params, float]] = ()
+) -> pd.DataFrame:
+    """One row per trial: number, source, every knob (its default where left out), outcome, figures where measured.
+
+    Args:
+        simulated: latency in ms that was expected of a configuration.
+    """
+    expected = {frozenset(params.items()): latency_ms for params, latency_ms in simulated}
+    return pd.DataFrame([_trial_row(record, space, limits, expected) for record in records])
 
 
-def front_table(front: Sequence[Tried], space: Space, default: Tried | None, chosen: Params) -> pd.DataFrame:
-    """One row per configuration of the front, fastest first; `latency_ratio` is that to the default of the search."""
-    return pd.DataFrame([_front_row(one, space, default, chosen) for one in front])
+def front_table(
+    shown: Sequence[Tried],
+    default: Tried | None,
+    chosen: Params | None,
+    complete: Callable[[Params], Mapping[str, Value]],
+) -> pd.DataFrame:
+    """One row per configuration; `latency_ratio` is that to the default of the search.
+
+    Args:
+        complete: every knob of a configuration, such as `Space.complete`.
+    """
+    return pd.DataFrame([_front_row(one, default, chosen, complete) for one in shown])
 
 
-def front_text(table: pd.DataFrame, num_experts: int) -> str:
-    """The table for people, at most 15 lines of it; the chosen configuration is marked with an asterisk."""
+def front_text(table: pd.DataFrame, default: Mapping[str, Value], num_experts: int) -> str:
+    """The table for people, at most 15 lines of it, the chosen configuration with an asterisk.
+
+    Args:
+        default: every knob of the default; those in which no row differs from it are left out.
+    """
+    if table.empty:
+        return ""
+    table = _most_telling(table)
     shown = pd.DataFrame(
         {
             "": [_mark(*marks) for marks in zip(table["chosen"], table["is_default"], strict=True)],
@@ -44,33 +68,68 @@ def front_text(table: pd.DataFrame, num_experts: int) -> str:
             "peak memory": [f"{value / 1e6:.0f} MB" for value in table["peak_memory_bytes"]],
             "experts kept": [f"{slots} ({slots / num_experts:.0%})" for slots in table["slots"]],
         }
-        | {name: table[name] for name in ("group", "policy", "depth", "count", "every")}
+        | {
+            name: list(table[name])
+            for name, value in default.items()
+            if name != "slots" and not (table[name] == value).all()
+        }
     )
-    text: str = shown.head(15).to_string(index=False)
+    text: str = shown.to_string(index=False)
     return text
+
+
+def _most_telling(table: pd.DataFrame) -> pd.DataFrame:
+    """The first rows, and the chosen one and the default wherever they stand."""
+    marked = table["chosen"] | table["is_default"]
+    unmarked = table.index[~marked][: max(0, _MOST_ROWS - int(marked.sum()))]
+    return table[marked | table.index.isin(unmarked)]
 
 
 def _mark(chosen: bool, is_default: bool) -> str:
     return f"{'*' if chosen else ' '} {'default' if is_default else ''}".rstrip()
 
 
-def _trial_row(record: Record, space: Space) -> dict[str, Any]:
+def _trial_row(
+    record: Record, space: Space, limits: Limits, expected: Mapping[frozenset[tuple[str, Value]], float]
+) -> dict[str, Any]:
     outcome = record.outcome
-    row: dict[str, Any] = {"number": record.number, **space.complete(record.params)}
-    row |= {"outcome": str(outcome.kind), "reused": record.reused, "message": outcome.message, "wall_s": outcome.wall_s}
-    if outcome.kind is Kind.OK:
-        measured = outcome.measurement.as_dict()
-        row |= {name: measured[name] for name in _MEASURED} | {name: measured["stats"].get(name) for name in _COUNTED}
-    return row
+    return {
+        "number": record.number,
+        "source": record.source,
+        **space.complete(record.params),
+        "outcome": str(outcome.kind),
+        "reused": record.reused,
+        "message": outcome.message,
+        "wall_s": outcome.wall_s,
+        "simulated_latency_ms": expected.get(frozenset(record.params.items())),
+        **_figures(record.params, outcome, limits),
+        **{f"environment_{name}": value for name, value in outcome.environment.items()},
+    }
 
 
-def _front_row(one: Tried, space: Space, default: Tried | None, chosen: Params) -> dict[str, Any]:
+def _figures(params: Params, outcome: Outcome, limits: Limits) -> dict[str, Any]:
+    if outcome.kind is not Kind.OK:
+        return dict.fromkeys((*_MEASURED, *_COUNTED))
+    measured = outcome.measurement
+    excess = limits.excess(Tried(params, (measured,)))
+    return (
+        {name: getattr(measured, name) for name in _MEASURED}
+        | {name: measured.stats.get(name) for name in _COUNTED}
+        | {f"{name}_excess": value for name, value in excess.items()}
+    )
+
+
+def _front_row(
+    one: Tried, default: Tried | None, chosen: Params | None, complete: Callable[[Params], Mapping[str, Value]]
+) -> dict[str, Any]:
     return {
         "chosen": one.params == chosen,
-        "is_default": one.params == space.default,
-        **space.complete(one.params),
+        "is_default": default is not None and one.params == default.params,
+        **complete(one.params),
         "latency_ms_p50": one.latency_ms_p50,
         "latency_ratio": None if default is None else one.latency_ms_p50 / default.latency_ms_p50,
+        "ttft_ms_p50": one.ttft_ms_p50,
+        "tpot_ms_p50": one.tpot_ms_p50,
         "tokens_per_s": one.tokens_per_s,
         "peak_memory_bytes": one.peak_memory_bytes,
         "num_runs": len(one.runs),
