@@ -29,7 +29,7 @@ $(VENV)/.compare: $(VENV)/.core
 	@touch $@
 
 # The demo would fit any machine; the limit makes it a model that does not.
-tune: ARGS ?= --max-memory 640MiB
+tune: ARGS ?= --max-memory 704MiB
 tune: $(VENV)/.core
 	@$(PY) -m harness.tune $(ARGS)
 

@@ -1,12 +1,14 @@
 """Find the configuration for a model on this machine: `python -m harness.tune [--model M] [--max-memory SIZE] …`.
 
-Probe → search (the default first) → confirm the best against the default → write the profile.
+Probe → search (the default first; the simulator proposes, trials measure) → confirm the best against the default →
+write the profile. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import re
 import shlex
 import shutil
@@ -15,36 +17,51 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import DeviceError, UsageError, cli_main
+from runtime.errors import DeviceError, ExpertFlowError, UsageError, cli_main
 
 if TYPE_CHECKING:
+    from harness.report.progress import Progress
+    from harness.search.guide import Guide
+    from harness.search.interrupt import StopRequest
     from harness.search.loop import Choice
-    from harness.search.setup import Settings, Setup
+    from harness.search.measurer import Measurer
+    from harness.search.setup import Setup
     from harness.search.study import Study
 
 PROMPT = "Once upon a time"
+OBJECTIVES = ("latency", "memory", "balanced")
+SAMPLERS = ("tpe", "gp", "nsga2", "random", "brute")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m harness.tune", description=__doc__)
-    parser.add_argument("--model", help="checkpoint folder or hub id; default: the demo with 1 MiB experts")
-    parser.add_argument("--gpu", type=int, metavar="N", help="tune for this GPU")
-    parser.add_argument("--device", choices=["cpu"], help="tune for the CPU, experts coming from disk")
-    parser.add_argument(
-        "--max-memory", metavar="SIZE", help="limit on the process, such as 1.5GiB; default: what is free"
+    parser = argparse.ArgumentParser(prog="python -m harness.tune", description=__doc__.splitlines()[0])
+    model, wanted, effort, where = (
+        parser.add_argument_group(name) for name in ("what is tuned", "what is wanted", "how", "where it goes")
     )
-    parser.add_argument(
-        "--time-budget", default="5m", metavar="T", help="for the search, such as 90s or 10m (default 5m)"
-    )
-    parser.add_argument("--trials", type=int, metavar="N", help="stop the search after N trials")
-    parser.add_argument("--seed", type=int, default=0, help="of the search")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of the run; default: results/runs/MODEL-TIME")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--workload", type=Path, metavar="FILE", help="JSON lines with text; default: bundled text")
-    parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests outstanding (default 8)")
-    parser.add_argument("--context", type=int, default=1024, metavar="N", help="longest sequence to have memory for")
-    parser.add_argument("--profile-out", type=Path, metavar="FILE", help="default: profiles/MODEL-DEVICE.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="fix a profile key")
+    model.add_argument("--model", help="checkpoint folder or hub id; default: the demo with 1 MiB experts")
+    model.add_argument("--gpu", type=int, metavar="N", help="tune for this GPU")
+    model.add_argument("--device", choices=["cpu"], help="tune for the CPU, experts coming from disk")
+    model.add_argument("--workload", type=Path, metavar="FILE", help="JSON lines with text; default: bundled text")
+    model.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests outstanding (default 8)")
+    model.add_argument("--context", type=int, default=1024, metavar="N", help="longest sequence to have memory for")
+    model.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="fix a profile key")
+
+    wanted.add_argument("--objective", choices=OBJECTIVES, default="latency", help="(default latency)")
+    wanted.add_argument("--max-memory", metavar="SIZE", help="of the process, such as 1.5GiB; default: what is free")
+    wanted.add_argument("--slo-tpot", type=float, metavar="MS", help="limit on the median time per output token")
+    wanted.add_argument("--slo-ttft", type=float, metavar="MS", help="limit on the median time to the first token")
+
+    effort.add_argument("--time-budget", default="4m", metavar="T", help="for the search, such as 90s (default 4m)")
+    effort.add_argument("--trials", type=int, metavar="N", help="stop the search after N trials")
+    effort.add_argument("--sampler", choices=SAMPLERS, default="tpe", help="beside the simulator (default tpe)")
+    effort.add_argument("--no-simulator", action="store_true", help="leave all proposals to the sampler")
+    effort.add_argument("--seed", type=int, default=0, help="of the search")
+    effort.add_argument("--dry-run", action="store_true", help="probe, print the plan and the space, and stop")
+
+    where.add_argument("--out", type=Path, metavar="DIR", help="of the run; default: results/runs/MODEL-TIME")
+    where.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    where.add_argument("--storage", metavar="URL", help="study shared by several machines, such as postgresql://…")
+    where.add_argument("--profile-out", type=Path, metavar="FILE", help="default: profiles/MODEL-DEVICE.yaml")
     return parser
 
 
@@ -57,92 +74,158 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, given: list[str]) -> None:
     # Imported late: --help answers at once, and the trials' processes, which import this module, stay small.
-    from harness.search.setup import Settings
+    from harness.search.setup import Settings, prepare
+    from harness.search.storage import redacted
 
     _choose_device(options)
     settings = Settings(
         model=options.model or _default_model(),
         label=_label(options.model),
-        command=shlex.join([_python(), "-m", "harness.tune", *given]),
+        command=redacted(shlex.join([_python(), "-m", "harness.tune", *given])),
         folder=_folder(options),
         profile=options.profile_out or Path("profiles") / f"{_label(options.model)}-cpu.yaml",
-        **_limits(options),
+        storage=options.storage,
+        **_wanted(options),
     )
-    tune(settings)
-    profile = shlex.quote(str(settings.profile))
-    print(f"\nnext: {_python()} -m runtime.generate --profile {profile} --prompt {shlex.quote(PROMPT)}")
+    setup = prepare(settings)
+    if options.dry_run:
+        print(f"\n{_plan(setup)}")
+        return
+    tune(setup, use_simulator=not options.no_simulator)
 
 
-def tune(settings: Settings) -> None:
-    """Probe, search, confirm, write; prints what a user wants to see.
+def tune(setup: Setup, *, use_simulator: bool = True) -> None:
+    """Search, confirm, write; prints what a user wants to see, and a JSON object as the last line.
 
     Raises:
-        ExpertFlowError: something that was given cannot be used, or nothing runs.
-        KeyboardInterrupt: after what was measured has been written.
+        ExpertFlowError: nothing runs within the limits, or what was found cannot be written.
+        KeyboardInterrupt, GpuLostError: after what was measured has been written.
     """
+    from harness.report.messages import failures_text, infeasible_text
     from harness.report.progress import Progress
-    from harness.report.run_folder import write_profile, write_run
-    from harness.report.tables import front_text
-    from harness.search.loop import NothingRunsError, choose, closest, search
-    from harness.search.setup import TuneError, prepare
+    from harness.report.results import summary, write_profile, write_run
+    from harness.report.run_folder import collect
+    from harness.search.interrupt import StopRequest
+    from harness.search.loop import GpuLostError, NothingRunsError
 
-    setup = prepare(settings)
-    study, measurer = setup.open_study(), setup.measurer()
+    setup, study = setup.begin()
+    settings, measurer = setup.settings, setup.measurer()
     measurer.remember(study.records())
     print(f"\n{setup.outlook()}", flush=True)
-    progress = Progress(settings.budget_s, settings.num_trials)
+    progress = Progress(settings.budget_s, settings.num_trials, study.space.default)
     try:
-        stop_reason = search(study, measurer, progress, budget_s=settings.budget_s, num_trials=settings.num_trials)
-        choice = choose(study, measurer, partial(measurer, part="confirm"), progress, budget_s=settings.budget_s)
+        with StopRequest().listening(lambda text: print(text, file=sys.stderr)) as stop:
+            guide = _guide(setup, measurer, progress) if use_simulator else None
+            stop_reason, choice = _searched(setup, study, measurer, guide, progress, stop)
     except NothingRunsError:
-        write_run(setup, study, None, "nothing can be used")
-        raise TuneError(f"no configuration runs within the limit: {closest(study)}; see {settings.folder}") from None
-    except KeyboardInterrupt:
+        progress.close()
+        results = collect(setup, study, None, "nothing can be used")
+        write_run(results)
+        print(json.dumps(summary(results, None)))
+        why = infeasible_text(study.tried(), study.limits) if study.tried() else failures_text(study.records())
+        raise _nothing(f"no configuration runs within the limits: {why}; see {settings.folder}") from None
+    except (KeyboardInterrupt, GpuLostError):
         progress.close()
         _keep(setup, study)
         raise
     progress.close()
-    table = write_run(setup, study, choice, stop_reason)
-    write_profile(setup, study, choice, settings.profile)
-    print(f"\n{front_text(table, setup.memory.num_experts)}\n\n{verdict(choice)}")
-    print(f"profile    {settings.profile}\nrun        {settings.folder} (trials.csv, pareto.csv, pareto.png)")
+    results = collect(setup, study, choice, stop_reason)
+    write_profile(results, settings.profile)
+    write_run(results)
+    print(f"\n{results.text()}")
+    print(f"profile    {settings.profile}\nrun        {settings.folder} (report.html, trials.csv, pareto.csv)")
+    print(f"next       {_python()} -m runtime.generate --profile {_quoted(settings.profile)} --prompt '{PROMPT}'")
+    print(f"others     {_python()} -m harness.pick --run {_quoted(settings.folder)} --list")
+    print(json.dumps(summary(results, settings.profile)))
 
 
-def verdict(choice: Choice) -> str:
-    """What was chosen and how sure that is, in two lines at most."""
-    confirmation = choice.confirmation
-    lines = [f"chosen     {choice.reason}"]
-    if confirmation is not None and confirmation.ratio is not None:
-        sure = f"{confirmation.confidence:.0%} interval, {len(confirmation.default)} interleaved pairs"
-        lines.append(f"ratio      latency {confirmation.ratio} of the default's ({sure})")
-    if choice.drift is not None:
-        lines.append(f"drift      the default at the end took {choice.drift:.2f} of its time at the start")
-    return "\n".join(lines)
+def _guide(setup: Setup, measurer: Measurer, progress: Progress) -> Guide | None:
+    """None, and why is said, where the workload of this model cannot be simulated."""
+    try:
+        return setup.guide(measurer, progress.simulated)
+    except ExpertFlowError as error:
+        print(f"simulator  not used: {error}", flush=True)
+        return None
+
+
+def _searched(
+    setup: Setup, study: Study, measurer: Measurer, guide: Guide | None, progress: Progress, stop: StopRequest
+) -> tuple[str, Choice]:
+    from harness.search.loop import choose, search
+
+    settings = setup.settings
+    if guide is None:
+        study.enqueue(study.space.seeds(), "seed")
+    stop_reason = search(
+        study,
+        measurer,
+        guide,
+        progress,
+        objective=settings.objective,
+        budget_s=settings.budget_s,
+        num_trials=settings.num_trials,
+        stop=stop,
+    )
+    stop.raise_if_set()
+
+    def on_run(name: str, outcome: Any) -> None:
+        progress.confirmation(name, outcome)
+        stop.raise_if_set()
+
+    measurer.remember(study.records())
+    choice = choose(
+        study,
+        measurer,
+        measurer.verify,
+        partial(setup.confirm, on_run),
+        objective=settings.objective,
+        num_finalists=setup.num_finalists,
+    )
+    return stop_reason, choice
 
 
 def _keep(setup: Setup, study: Study) -> None:
-    """After Ctrl-C: write what there is and say how to go on."""
-    from harness.report.run_folder import best_so_far, write_profile, write_run
-    from harness.search.loop import Choice
+    """Before the end: write what there is and say how to go on."""
+    from harness.report.results import write_profile, write_run
+    from harness.report.run_folder import collect, resume_command
+
+    folder = setup.settings.folder
+    results = collect(setup, study, None, "interrupted")
+    write_run(results)
+    kept = f"{len(study.records())} trials are kept in {folder}"
+    if results.run.chosen is not None:
+        write_profile(results, folder / "best.yaml")
+        kept += f", the best so far (unconfirmed) as {folder / 'best.yaml'}"
+    print(f"{kept}\ngo on with: {resume_command(setup.settings)}", file=sys.stderr)
+
+
+def _plan(setup: Setup) -> str:
+    from harness.report.messages import plan_text
 
     settings = setup.settings
-    write_run(setup, study, None, "interrupted")
-    best = best_so_far(study)
-    kept = f"{len(study.records())} trials are kept in {settings.folder}"
-    if best is not None:
-        path = settings.folder / "best.yaml"
-        write_profile(setup, study, Choice(best, "the best so far, unconfirmed", None, None), path)
-        kept += f", the best so far (unconfirmed) as {path}"
-    print(f"{kept}\ngo on with: {_resume_command(settings)}", file=sys.stderr)
+    return plan_text(
+        setup.space,
+        fixed=settings.fixed,
+        objective=settings.objective,
+        limits=settings.limits,
+        trial=f"{setup.sizes}, {settings.concurrency} outstanding",
+        trial_s=setup.default_s,
+        budget_s=settings.budget_s,
+        num_trials=settings.num_trials,
+        confirm_s=setup.confirm_s,
+        share_infeasible=setup.share_infeasible(),
+    )
 
 
-def _resume_command(settings: Settings) -> str:
-    words = shlex.split(settings.command)
-    out = [] if "--out" in words else ["--out", str(settings.folder)]
-    return shlex.join([*words, *out, *([] if "--resume" in words else ["--resume"])])
+def _nothing(message: str) -> ExpertFlowError:
+    from harness.search.setup import TuneError
+
+    return TuneError(message)
 
 
-def _limits(options: argparse.Namespace) -> dict[str, Any]:
+def _wanted(options: argparse.Namespace) -> dict[str, Any]:
+    from harness.search.objective import Objective
+    from harness.search.outcome import Limits
     from harness.search.plan import parse_duration
     from runtime.machine import parse_bytes
     from runtime.profile import parse_overrides
@@ -151,10 +234,17 @@ def _limits(options: argparse.Namespace) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UsageError(f"--{name} {value}: at least {least} is needed")
+    for name in ("slo_tpot", "slo_ttft"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: milliseconds above 0 are needed")
+    max_memory_bytes = None if options.max_memory is None else parse_bytes(options.max_memory)
     return {
-        "max_memory_bytes": None if options.max_memory is None else parse_bytes(options.max_memory),
+        "limits": Limits(max_memory_bytes, options.slo_tpot, options.slo_ttft),
+        "objective": Objective(options.objective),
         "budget_s": parse_duration(options.time_budget),
         "num_trials": options.trials,
+        "sampler": options.sampler,
         "seed": options.seed,
         "resume": options.resume,
         "workload": options.workload,
@@ -207,6 +297,10 @@ def _python() -> str:
         return "python"
     below = executable.absolute().is_relative_to(Path.cwd())
     return str(executable.absolute().relative_to(Path.cwd())) if below else str(executable)
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 if __name__ == "__main__":

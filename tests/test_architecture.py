@@ -18,6 +18,7 @@ DECISION = (
     "runtime.cache.policies",
     "runtime.cache.residency",
     "runtime.cache.steps",
+    "runtime.cache.timeline",
     "runtime.predictors.activation_matrix",
     "runtime.predictors.artifact",
     "runtime.predictors.base",

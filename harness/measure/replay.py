@@ -16,6 +16,7 @@ from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
 from runtime.cache.policies import ORACLE
 from runtime.cache.residency import Count, Residency, next_demands
+from runtime.cache.timeline import FloatArray, Steps, Times, new_link
 from runtime.errors import UsageError
 from runtime.predictors.artifact import RoutingShape, read_artifact
 from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
@@ -43,6 +44,12 @@ class Timing:
     load_s: float
     expert_s: float
     layer_s: float
+
+    def over(self, schedule: Schedule) -> Times:
+        """The same for every pass and expert of `schedule`."""
+        num_passes, none = len(schedule.passes), np.zeros(len(schedule.passes))
+        expert_s = np.full(schedule.demands.experts.size, self.expert_s)
+        return Times(self.load_s, 0.0, none, np.full(num_passes, self.layer_s), none, expert_s)
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,15 @@ class Schedule:
         starts = np.cumsum([0, *(experts.size for experts, _ in parts)])
         return Demands(starts, np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
 
+    def steps(self, part: slice, *, is_oracle: bool = False) -> Steps:
+        """The layer steps of some passes, on demand only. Indices into the demands are those of the whole schedule."""
+        starts, experts, tokens = self.demands
+        first, end, _ = part.indices(len(self.passes))
+        num_layers = self.trace.num_layers
+        num_tokens = np.array([len(rows) for rows in self.passes[part]], np.int64)
+        future = self.future if is_oracle else np.zeros(0, np.int64)
+        return Steps(starts[first * num_layers : end * num_layers + 1], experts, tokens, num_tokens, future)
+
     @cached_property
     def future(self) -> Integers:
         """In which layer step each demanded expert is demanded next."""
@@ -176,33 +192,42 @@ def _batched_passes(trace: RoutingTrace, batch: int) -> Iterator[Integers]:
 class RecordedLookahead(Predictor):
     """The gate lookahead that was recorded with a trace (`RoutingTrace.predicted`).
 
+    Args:
+        beyond: experts that were ranked behind those that the router would choose are forecast too, for a little: the
+            engine's own lookahead names every expert, and a batch may have room for many.
+
     Raises:
         UsageError: none was recorded.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, *, beyond: bool = False) -> None:
         trace = schedule.trace
         if trace.predicted is None:
             raise UsageError("the trace has no recorded gate lookahead (field `predicted`); take another predictor")
-        self._passes, self._predicted, self._top_k = schedule.passes, trace.predicted, trace.top_k
+        self._passes, self._predicted = schedule.passes, trace.predicted
+        num_ranks = trace.predicted.shape[3] if beyond else min(trace.predicted.shape[3], trace.top_k)
+        ranks = np.arange(num_ranks)
+        self._worth = 1.0 - ranks / (100 * num_ranks)  # likelier first among equals
+        self._worth[trace.top_k :] = _WORTH_BEYOND * trace.top_k / (1 + ranks[trace.top_k :])
         self._forecast: Forecast = np.zeros((trace.num_layers, trace.num_experts), np.float32)
 
     def observe(self, layer: int, observation: Observation) -> None:
         """Look up what was forecast at this layer."""
         num_layers, num_experts = self._forecast.shape
-        depth, num_ranks = self._predicted.shape[2], min(self._predicted.shape[3], self._top_k)
         rows = self._passes[observation.passing.step]
-        worth = 1.0 - np.arange(num_ranks) / (100 * num_ranks)  # likelier first among equals
-        for ahead in range(1, min(depth, num_layers - 1 - layer) + 1):
-            chosen = self._predicted[rows, layer, ahead - 1, :num_ranks]
+        for ahead in range(1, min(self._predicted.shape[2], num_layers - 1 - layer) + 1):
+            chosen = self._predicted[rows, layer, ahead - 1, : len(self._worth)]
             is_known = chosen != NO_PREDICTION
-            weights = np.broadcast_to(worth, chosen.shape)[is_known]
+            weights = np.broadcast_to(self._worth, chosen.shape)[is_known]
             self._forecast[layer + ahead] = np.bincount(chosen[is_known], weights=weights, minlength=num_experts)
 
     def forecast(self, layer: int) -> Forecast | None:
         """Tokens for which each expert was forecast."""
         return None if layer == BEFORE_FIRST_LAYER else self._forecast
 
+
+_WORTH_BEYOND = 0.2
+"""Beside an expert that the router would choose, one just behind: about what the engine's own lookahead makes of it."""
 
 PREDICTORS = tuple(PREDICTOR_PARAMS)
 
@@ -270,20 +295,16 @@ def _replay_on_demand(
     schedule: Schedule, setting: Setting, timing: Timing, on_pass: Callable[[int], None]
 ) -> ReplayResult:
     """All of it compiled."""
-    residency, num_layers = _residency(schedule.trace, setting), schedule.trace.num_layers
-    starts, experts, tokens = schedule.demands
-    future = schedule.future if setting.policy == ORACLE else np.zeros(0, np.int64)
-    sizes = np.array([len(rows) for rows in schedule.passes])
-    elapsed_s = stall_s = 0.0
-    for first in range(0, len(sizes), _PASSES_AT_ONCE):
-        part = slice(first * num_layers, (first + _PASSES_AT_ONCE) * num_layers + 1)
-        num_tokens = sizes[first : first + _PASSES_AT_ONCE]
-        took_s, waited_s = residency.replay(starts[part], experts, tokens, num_tokens, future, **asdict(timing))
-        elapsed_s, stall_s = elapsed_s + took_s, stall_s + waited_s
-        on_pass(int(num_tokens.sum()))
+    residency, link = _residency(schedule.trace, setting), new_link(setting.slots)
+    times = timing.over(schedule)
+    for first in range(0, len(schedule.passes), _PASSES_AT_ONCE):
+        part = slice(first, first + _PASSES_AT_ONCE)
+        steps = schedule.steps(part, is_oracle=setting.policy == ORACLE)
+        now_s, stall_s, _, _ = residency.replay(steps, per_pass(times, part), link)[-1].tolist()
+        on_pass(int(steps.num_tokens.sum()))
     num_loads = residency.counts()[Count.MISSES]
     moved = TransferStats(num_loads, num_loads * _expert_bytes(schedule.trace), stall_s=stall_s)
-    return _result(schedule, setting, residency, moved, elapsed_s)
+    return _result(schedule, setting, residency, moved, now_s)
 
 
 _PASSES_AT_ONCE = 2000
@@ -295,15 +316,35 @@ def _replay_with_predictor(
     """Through the engine's coordinator and transfer queue."""
     trace, residency = schedule.trace, _residency(schedule.trace, setting)
     transfer = SimulatedTransfer(timing.load_s, _expert_bytes(trace))
-    predictor = predictor_of(setting, schedule)
     coordinator = Coordinator(
         residency,
         transfer,
-        predictor,
+        predictor_of(setting, schedule),
         governor=Governor(setting.depth, adaptive=setting.adaptive),
         prefetch_count=setting.count,
         predict_every=1 if setting.predictor == "periodic" else setting.every,
     )
+    walk(schedule, coordinator, transfer, timing.over(schedule), on_pass)
+    return _result(schedule, setting, residency, transfer.stats(), transfer.now_s)
+
+
+def per_pass(times: Times, part: slice) -> Times:
+    """Those of some passes."""
+    return times._replace(pass_s=times.pass_s[part], layer_s=times.layer_s[part], ahead_s=times.ahead_s[part])
+
+
+def walk(
+    schedule: Schedule,
+    coordinator: Coordinator,
+    transfer: SimulatedTransfer,
+    times: Times,
+    on_pass: Callable[[int], None] = lambda num_tokens: None,
+) -> FloatArray:
+    """Run `schedule` through a coordinator on the clock of its transfer; what `Residency.replay` returns.
+
+    Forecasting takes no time here: the predictor may advance the clock (`Times.ahead_s` is not read).
+    """
+    trace, ended = schedule.trace, []
     starts, experts, tokens = (array.tolist() for array in schedule.demands)
     event = 0
     for step, rows in enumerate(schedule.passes):
@@ -311,13 +352,17 @@ def _replay_with_predictor(
         coordinator.begin(passing)
         for layer in range(trace.num_layers):
             part = slice(starts[event], starts[event + 1])
+            expert_s = dict(zip(experts[part], times.expert_s[part].tolist(), strict=True))
             seen = Observation(passing, trace.experts[rows, layer].astype(np.int64))
-            transfer.advance(timing.layer_s)
+            transfer.advance(times.layer_s[step])
             for group in coordinator.serve(layer, experts[part], tokens[part], seen):
-                transfer.advance(timing.expert_s * len(group))
+                transfer.advance(sum(expert_s[expert] for expert in group))
             event += 1
+        transfer.advance(times.pass_s[step])
+        moved = transfer.stats()
+        ended.append((transfer.now_s, moved.stall_s, moved.busy_s, moved.num_loads))
         on_pass(len(rows))
-    return _result(schedule, setting, residency, transfer.stats(), transfer.now_s)
+    return np.array(ended, np.float64)
 
 
 def _residency(trace: RoutingTrace, setting: Setting) -> Residency:

@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
+from harness.measure.environment import GPU_LOST
 from harness.measure.stats import median
-from harness.search.confirm import Confirmation, Measure, confirm
-from harness.search.outcome import Kind, Outcome, Tried, feasible
-from harness.search.plan import num_pairs
+from harness.search.confirm import Confirmation
+from harness.search.guide import Guide
+from harness.search.objective import Objective
+from harness.search.outcome import Kind, Outcome, Tried, feasible, front
 from harness.search.space import Params
 from harness.search.study import Proposal, Study
+from runtime.errors import ExpertFlowError
+
+PATIENCE, PATIENT_TRIALS = 15, 25
+"""After so many trials, the search ends when as many in a row have made neither the best nor the front better."""
+NOTICEABLE = 0.005
+"""Share of the cost below which an improvement is none."""
+
+Measure = Callable[[Params], Outcome]
 
 
 class NothingRunsError(Exception):
-    """No configuration that was tried runs within the limit."""
+    """No configuration that was tried runs within the limits."""
+
+
+class GpuLostError(ExpertFlowError):
+    """Nothing more can be measured; what was, is kept."""
 
 
 class Watcher(Protocol):
     """Is told about every run."""
 
-    def trial(self, number: int, params: Params, outcome: Outcome, best: Tried | None) -> None:
-        """A trial of the search has ended."""
+    def trial(self, number: int, params: Params, outcome: Outcome, best: Tried | None, source: str) -> None:
+        """A trial of the search has ended; `source` proposed it."""
 
     def confirmation(self, name: str, outcome: Outcome) -> None:
         """A run of the confirmation has ended."""
+
+
+class Confirms(Protocol):
+    """Measures finalists beside the default on text that the search has not seen, best first."""
+
+    def __call__(self, finalists: Sequence[Params], default: Params) -> Confirmation:
+        """See `harness.search.confirm`."""
 
 
 @dataclass(frozen=True)
@@ -42,35 +64,77 @@ class Choice:
 def search(
     study: Study,
     measure: Measure,
+    guide: Guide | None,
     watcher: Watcher,
     *,
+    objective: Objective,
     budget_s: float,
     num_trials: int | None,
+    stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
     """Run trials until the time or their number is spent, the default at least; why it ended.
 
     A trial is begun when half of it, by the median so far, still fits.
+
+    Args:
+        guide: proposes what is worth measuring; None: the study alone does.
+        num_trials: launched ones, those before a resume among them; None: as many as the budget holds.
+        stop: asked after each trial.
     """
-    start = clock()
+    start, progress = clock(), _Progress(study, objective)
     while True:
-        walls = [record.outcome.wall_s for record in study.records() if not record.reused]
+        walls = [one.outcome.wall_s for one in study.records() if not one.reused and one.outcome.was_launched]
         if num_trials is not None and len(walls) >= num_trials:
             return f"{len(walls)} trials"
         if walls and clock() - start + median(walls) / 2 > budget_s:
             return f"time budget of {budget_s:.0f} s"
+        if stop():
+            return "interrupted"
+        if num_trials is None and progress.is_exhausted():
+            return f"nothing better in {PATIENCE} trials"
+        if guide is not None:
+            study.enqueue(guide.propose(study.records(), study.tried()), "simulator")
         proposal = study.ask()
         if proposal is None:
             return "every configuration was tried"
-        outcome = run_one(study, proposal, measure)
-        best = next(iter(feasible(study.tried(), study.max_memory_bytes)), None)
-        watcher.trial(len(walls) + 1, proposal.params, outcome, best)
+        foretold_ms = None if guide is None else guide.foretell(proposal.params)
+        outcome = run_one(study, proposal, measure, foretold_ms)
+        if outcome.kind is Kind.ENVIRONMENT and outcome.message.startswith(GPU_LOST):
+            raise GpuLostError(outcome.message)
+        watcher.trial(len(walls) + 1, proposal.params, outcome, progress.best(), proposal.source)
 
 
-def run_one(study: Study, proposal: Proposal, measure: Measure) -> Outcome:
+class _Progress:
+    """Whether the search still gets anywhere."""
+
+    def __init__(self, study: Study, objective: Objective) -> None:
+        self._study, self._objective = study, objective
+        self._cost = float("inf")
+        self._front: list[Params] = []
+        self._since = 0
+
+    def best(self) -> Tried | None:
+        """The best configuration within the limits so far."""
+        within = feasible(self._study.tried(), self._study.limits)
+        return next(iter(self._objective.rank(within, _measured(within, self._study.space.default))), None)
+
+    def is_exhausted(self) -> bool:
+        """Asked before each trial: for how long nothing has become better."""
+        best, edge = self.best(), [one.params for one in front(feasible(self._study.tried(), self._study.limits))]
+        cost = float("inf") if best is None else self._objective.cost(best.latency_ms_p50, best.peak_memory_bytes)
+        if cost < (1 - NOTICEABLE) * self._cost or edge != self._front:
+            self._since = 0
+        else:
+            self._since += 1
+        self._cost, self._front = min(cost, self._cost), edge
+        return self._since >= PATIENCE and len(self._study.records()) >= PATIENT_TRIALS
+
+
+def run_one(study: Study, proposal: Proposal, measure: Measure, foretold_ms: float | None = None) -> Outcome:
     """Measure a proposal and tell it; one that is interrupted is closed first."""
     try:
-        outcome = measure(proposal.params)
+        outcome = replace(measure(proposal.params), foretold_ms=foretold_ms)
     except BaseException:
         study.abandon(proposal)
         raise
@@ -78,46 +142,73 @@ def run_one(study: Study, proposal: Proposal, measure: Measure) -> Outcome:
     return outcome
 
 
-def choose(study: Study, measure: Measure, measure_unseen: Measure, watcher: Watcher, *, budget_s: float) -> Choice:
-    """The fastest configuration within the limit if its gain over the default is proven, else the default.
+def choose(
+    study: Study,
+    measure: Measure,
+    verify: Measure,
+    confirms: Confirms,
+    *,
+    objective: Objective,
+    num_finalists: int,
+) -> Choice:
+    """The best configuration within the limits if its gain over the default is proven, else the default.
 
     Args:
-        measure: on the search's part of the workload. measure_unseen: on the part kept for confirming.
-        budget_s: of the search; confirming takes its share of as much again.
+        measure: on the search's part of the workload.
+        verify: whether the tokens of a configuration are those of the same kernels on demand.
+        confirms: on the part kept for confirming.
+        num_finalists: best configurations that are confirmed at most.
 
     Raises:
-        NothingRunsError: nothing was tried that runs within the limit.
+        NothingRunsError: nothing was tried that runs within the limits.
     """
     default = study.space.default
-    again = run_one(study, study.propose(default), measure)
-    tried = study.tried()
-    within = feasible(tried, study.max_memory_bytes)
-    if not within:
+    run_one(study, study.propose(default), measure)
+    within = feasible(study.tried(), study.limits)
+    baseline = _measured(within, default)
+    ranked = objective.rank(within, baseline)
+    if not ranked:
         raise NothingRunsError
-    best = within[0]
-    baseline = next((one for one in within if one.params == default), None)
     if baseline is None:
-        return Choice(best.params, "the default does not run within the limit", None, None)
+        sound = next(_sound(study, ranked, verify), None)
+        if sound is None:
+            raise NothingRunsError
+        return Choice(sound, "the default does not run within the limits", None, None)
     drift = _drift(baseline)
-    if best.params == default:
-        return Choice(default, "nothing faster than the default was found", None, drift)
-    pair_s = again.wall_s + median([run.load_s + run.run_s for run in best.runs])
-    confirmation = confirm(measure_unseen, best.params, default, num_pairs(pair_s, budget_s), watcher.confirmation)
+    better = ranked[: next(i for i, one in enumerate(ranked) if one is baseline)]
+    if not better:
+        return Choice(default, "nothing better than the default was found", None, drift)
+    finalists = list(islice(_sound(study, better, verify), num_finalists))
+    if not finalists:
+        return Choice(default, "no finalist computes what its kernels compute on demand", None, drift)
+    confirmation = confirms(finalists, default)
     if confirmation.is_proven:
-        return Choice(best.params, "faster than the default, proven on other text", confirmation, drift)
-    why = confirmation.failure or "the gain of the fastest configuration is not proven on other text"
+        return Choice(confirmation.params, _GAINS[objective], confirmation, drift)
+    why = confirmation.failure or "the gain of the best configuration is not proven on other text"
     return Choice(default, f"{why}; the default is kept", confirmation, drift)
+
+
+def _sound(study: Study, ranked: Sequence[Tried], verify: Measure) -> Iterator[Params]:
+    """Those that compute what they should; the study is told of the others."""
+    for one in ranked:
+        outcome = verify(one.params)
+        if outcome.kind is Kind.OK:
+            yield one.params
+        elif outcome.kind is Kind.WRONG_TOKENS:
+            study.tell(study.propose(one.params, "verify"), outcome)
+
+
+_GAINS = {
+    Objective.LATENCY: "faster than the default, proven on other text",
+    Objective.MEMORY: "smaller than the default and hardly slower, proven on other text",
+    Objective.BALANCED: "better than the default in latency x memory, proven on other text",
+}
+
+
+def _measured(within: Sequence[Tried], params: Params) -> Tried | None:
+    return next((one for one in within if one.params == params), None)
 
 
 def _drift(baseline: Tried) -> float | None:
     runs = baseline.runs
     return runs[-1].latency_ms_p50 / runs[0].latency_ms_p50 if len(runs) > 1 else None
-
-
-def closest(study: Study) -> str:
-    """For people: what kept every configuration from being used."""
-    if study.tried():
-        nearest = min(study.tried(), key=lambda one: one.peak_memory_bytes)
-        return f"the smallest configuration peaked at {nearest.peak_memory_bytes} bytes"
-    kinds = [record.outcome for record in study.records() if record.outcome.kind is not Kind.OK]
-    return f"the last trial ended with {kinds[-1].kind}: {kinds[-1].message}" if kinds else "nothing was tried"

@@ -6,14 +6,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from harness.search.confirm import MIN_PAIRS, NUM_PAIRS, screening_rounds
 from harness.search.outcome import Measurement
 from runtime.errors import UsageError
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-_TRIALS_WANTED = 15
+_TRIALS_WANTED = 20
 _MIN_TIMEOUT_S = 120.0
-_CONFIRM_SHARE = 0.4
-_MIN_PAIRS, _MAX_PAIRS = 3, 10
+_CONFIRM_SHARE, _SCREENING_SHARE = 0.6, 0.4
+MAX_FINALISTS = 5
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def largest_sizes(concurrency: int) -> Sizes:
 
 
 def choose_sizes(pilot: Measurement, concurrency: int, budget_s: float) -> tuple[Sizes, float]:
-    """The largest sizes at which the default leaves time for some fifteen trials, or the smallest; and its seconds.
+    """The largest sizes at which the default leaves time for some twenty trials, or the smallest; and its seconds.
 
     Args:
         pilot: a run of `PILOT` with the default configuration.
@@ -73,8 +74,20 @@ def timeout_s(default_wall_s: float) -> float:
 
 
 def num_pairs(pair_s: float, budget_s: float) -> int:
-    """Interleaved pairs of runs that the time for confirming holds; at least three."""
-    return max(_MIN_PAIRS, min(_MAX_PAIRS, int(_CONFIRM_SHARE * budget_s / pair_s)))
+    """Interleaved pairs of turns that the time for confirming holds: as many as find a gain of 10 %, if it does."""
+    return max(MIN_PAIRS, min(NUM_PAIRS, int(_CONFIRM_SHARE * budget_s / pair_s)))
+
+
+def num_finalists(turn_s: float, budget_s: float) -> int:
+    """How many configurations there is time to choose among beside the default, at least two."""
+    rounds = screening_rounds(num_pairs(2 * turn_s, budget_s))
+    return max(2, min(MAX_FINALISTS, int(_SCREENING_SHARE * budget_s / turn_s / rounds) - 1))
+
+
+def confirm_s(turn_s: float, budget_s: float) -> float:
+    """About how long confirming takes where every turn takes as long as the default's: at most."""
+    pairs = num_pairs(2 * turn_s, budget_s)
+    return turn_s * (2 * pairs + (num_finalists(turn_s, budget_s) + 1) * screening_rounds(pairs))
 
 
 def _ladder(concurrency: int) -> Iterator[Sizes]:

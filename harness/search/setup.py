@@ -3,31 +3,56 @@
 from __future__ import annotations
 
 import datetime
+import random
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from harness.hardware.memory import MemoryModel
 from harness.hardware.nvml import read_gpus
-from harness.measure.workload import Part, TokenRequest, Workload, cut, load_workload
+from harness.measure.environment import Surroundings
+from harness.measure.workload import Part, TokenRequest, Workload, cut, load_workload, segments
 from harness.probe import Probe, take_probe
+from harness.search.confirm import Confirmation, Segment, confirm
+from harness.search.costs import IO_THREADS, Costs
+from harness.search.guide import Guide
+from harness.search.live import LiveTrial
 from harness.search.measurer import Measurer
-from harness.search.outcome import Kind, Measurement, Outcome
-from harness.search.plan import PILOT, Sizes, choose_sizes, largest_sizes, num_pairs, timeout_s
-from harness.search.space import Setting, Space
-from harness.search.study import Study, open_storage, remembered
-from harness.search.trial import TrialRunner, TrialSpec, Work, bare_process, measure
+from harness.search.memory_guard import MemoryGuard
+from harness.search.objective import Objective
+from harness.search.outcome import Kind, Limits, Measurement, Outcome
+from harness.search.plan import (
+    PILOT,
+    Sizes,
+    choose_sizes,
+    confirm_s,
+    largest_sizes,
+    num_finalists,
+    num_pairs,
+    timeout_s,
+)
+from harness.search.simulator import Simulator
+from harness.search.space import Params, Setting, Space
+from harness.search.study import Study, explore, open_storage, remembered
+from harness.search.tracing import RecordSpec, WorkloadTrace, record_workload
+from harness.search.trial import TrialRunner, TrialSpec, bare_process, measure
 from runtime import machine
 from runtime.errors import ExpertFlowError, UsageError
 from runtime.facts import ModelFacts, describe
 from runtime.files import check_writable
 from runtime.model import read_tokenizer
 from runtime.profile import LOSSY, Profile
+from runtime.trace import read_trace
 
+TRACE = "workload.npz"
+UNTRAINED = ("previous_token",)
+"""Predictors that any model has. The others want a trained artefact, which the user names, or a long past."""
 _SETUP_TIMEOUT_S = 900.0
+_SAMPLED = 400
 
 
 class TuneError(ExpertFlowError):
@@ -42,6 +67,7 @@ class Settings:
         label: short name of the model. folder: of the run. profile: where the profile goes.
         num_trials: most trials, those before a resume among them; None: as many as the budget holds.
         context: tokens of the longest sequence that there must be memory for.
+        sampler, storage: see `Study`.
         fixed: dotted profile keys that are not searched.
     """
 
@@ -50,10 +76,13 @@ class Settings:
     command: str
     folder: Path
     profile: Path
-    max_memory_bytes: int | None
+    limits: Limits
+    objective: Objective
     budget_s: float
     num_trials: int | None
+    sampler: str
     seed: int
+    storage: str | None
     resume: bool
     workload: Path | None
     concurrency: int
@@ -77,60 +106,146 @@ class Setup:
     space: Space
     default_s: float
 
-    def open_study(self) -> Study:
-        """The run's study: a new one, or the one that is resumed."""
+    def begin(self) -> tuple[Setup, Study]:
+        """The run's study, new or resumed or joined, and the setup as all who work on that study have it."""
         settings = self.settings
-        identity = {
-            "model": self.facts.identity.model_dump(),
-            "workload": self.workload.sha256,
-            "concurrency": settings.concurrency,
-            "context": settings.context,
-            "max_memory_bytes": settings.max_memory_bytes,
-            "fixed": dict(settings.fixed),
-            "hardware": machine.fingerprint(),
-        }
-        limit = settings.max_memory_bytes
         study = Study(
-            settings.folder, self.space, identity, max_memory_bytes=limit, seed=settings.seed, resume=settings.resume
+            settings.folder,
+            self.space,
+            identity_of(settings, self.facts, self.workload),
+            limits=settings.limits,
+            seed=settings.seed,
+            sampler=settings.sampler,
+            storage=settings.storage,
+            resume=settings.resume,
+            decisions={"sizes": asdict(self.sizes), "default_s": self.default_s},
+            lease_s=2 * timeout_s(self.default_s),
         )
-        study.remember("sizes", asdict(self.sizes))
-        study.remember("setting", asdict(self.space.setting))
-        study.remember("default_s", self.default_s)
-        return study
+        decided = study.decisions
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        sizes, default_s = Sizes(**decided["sizes"]), float(decided["default_s"])
+        return replace(self, sizes=sizes, default_s=default_s, space=study.space), study
+
+    @cached_property
+    def guard(self) -> MemoryGuard:
+        """What fits, by what was measured so far."""
+        measured = self.memory.with_context(self.sizes.context, of=self.settings.context)
+        return MemoryGuard(self.memory, measured, self.space, self.memory_limit_bytes)
+
+    @cached_property
+    def runner(self) -> TrialRunner:
+        """Its trials log to the run's folder."""
+        return TrialRunner(self.settings.folder / "trials.log")
 
     def measurer(self) -> Measurer:
-        """What runs configurations; its trials log to the run's folder."""
+        """What runs configurations."""
         settings = self.settings
         return Measurer(
-            TrialRunner(settings.folder / "trials.log"),
+            self.runner,
             settings.model,
             self.space,
             settings.fixed,
             self.texts.requests(self.sizes),
             settings.concurrency,
             timeout_s(self.default_s),
-            self._excess,
+            self.guard.excess,
+            Surroundings(),
         )
+
+    def guide(self, measurer: Measurer, on_round: Callable[[int], None]) -> Guide:
+        """The simulator of this workload, its routing recorded before, and what it proposes.
+
+        Raises:
+            ExpertFlowError: the routing of this model cannot be recorded.
+        """
+        settings = self.settings
+        requests, path = self.texts.requests(self.sizes)["search"], settings.folder / TRACE
+        if not path.exists():
+            trial = TrialSpec(settings.model, measurer.overrides(self.space.default), requests, settings.concurrency)
+            outcome = self.runner.run(record_workload, RecordSpec.of(trial, str(path)), _SETUP_TIMEOUT_S)
+            if outcome.kind is not Kind.OK:
+                raise TuneError(f"the workload's routing was not recorded: {outcome.message}")
+        simulator = Simulator(
+            WorkloadTrace.of(read_trace(path), requests), self.base, settings.concurrency, self._costs()
+        )
+        return Guide(
+            self.space,
+            simulator,
+            measurer.overrides,
+            self.guard,
+            settings.limits,
+            settings.objective,
+            explore,
+            seed=settings.seed,
+            on_round=on_round,
+        )
+
+    def confirm(
+        self, on_run: Callable[[str, Outcome], None], finalists: Sequence[Params], default: Params
+    ) -> Confirmation:
+        """Finalists beside the default, on text that the search has not seen."""
+        settings = self.settings
+        pairs = num_pairs(2 * self.default_s, settings.budget_s)
+        warm_up = self.texts.requests(self.sizes)["search"]
+
+        def contender(params: Params) -> AbstractContextManager[LiveTrial]:
+            overrides = {**settings.fixed, **self.space.overrides(params)}
+            spec = TrialSpec(settings.model, overrides, warm_up, settings.concurrency)
+            return LiveTrial(self.runner, spec, timeout_s(self.default_s))
+
+        def fit_together(several: Sequence[Params]) -> bool:
+            return sum(map(self.guard.expected_bytes, several)) <= machine.available_memory_bytes()
+
+        return confirm(
+            finalists,
+            default,
+            self.texts.segments(self.sizes, pairs),
+            open_contender=contender,
+            fit_together=fit_together,
+            num_pairs=pairs,
+            objective=settings.objective,
+            limits=settings.limits,
+            on_run=on_run,
+        )
+
+    @property
+    def confirm_s(self) -> float:
+        """About how long confirming takes, at most."""
+        return confirm_s(self.default_s, self.settings.budget_s)
+
+    @property
+    def num_finalists(self) -> int:
+        """Configurations that there is time to confirm one of."""
+        return num_finalists(self.default_s, self.settings.budget_s)
 
     def outlook(self) -> str:
         """What is going to happen and how long it takes, for people."""
         settings, budget_s = self.settings, self.settings.budget_s
-        confirm_s = num_pairs(2 * self.default_s, budget_s) * 2 * self.default_s
-        end = datetime.datetime.now() + datetime.timedelta(seconds=budget_s + confirm_s)
+        end = datetime.datetime.now() + datetime.timedelta(seconds=budget_s + self.confirm_s)
         trials = f"{settings.num_trials} trials, " if settings.num_trials is not None else ""
         return (
-            f"search     {self.space.size()} configurations of {', '.join(knob.name for knob in self.space.knobs)}\n"
+            f"search     {self.space.size():,} configurations of {', '.join(knob.name for knob in self.space.knobs)}\n"
             f"run        {self.sizes}, {settings.concurrency} outstanding, about {self.default_s:.0f} s by default\n"
-            f"time       {trials}at most {budget_s:.0f} s, then at most {confirm_s:.0f} s to confirm: "
+            f"time       {trials}at most {budget_s:.0f} s, then at most {self.confirm_s:.0f} s to confirm: "
             f"done by about {end:%H:%M}"
         )
 
-    def _excess(self, slots: int, group: int) -> str:
-        """The sum that says that a configuration will not fit, empty where it will."""
-        predicted = self.memory.predict(slots, group)
-        if predicted.total_bytes <= self.memory_limit_bytes:
-            return ""
-        return f"not launched: {predicted.describe()}, limit {machine.format_bytes(self.memory_limit_bytes)}"
+    def share_infeasible(self) -> float:
+        """Of the space: what is predicted not to fit, by a sample."""
+        draw = random.Random(0)
+        return sum(bool(self.guard.excess(self.space.sample(draw))) for _ in range(_SAMPLED)) / _SAMPLED
+
+    def _costs(self) -> Costs:
+        """What the probe says that things take."""
+        facts, curve = self.facts, self.probe.curve
+        layers = facts.identity.layers
+        return Costs.prior(
+            {threads: facts.expert_bytes / curve.bytes_per_s(threads) for threads in IO_THREADS},
+            [(one.kernel, one.threads, one.num_tokens, one.seconds) for one in self.probe.compute],
+            dense_layer_experts=facts.dense_bytes / layers / facts.expert_bytes,
+            threads=tuple(sorted({one.threads for one in self.probe.compute})),
+            predictors=self.space.setting.predictors,
+        )
 
 
 class Texts:
@@ -153,6 +268,23 @@ class Texts:
             part: cut(self._workload, self._tokenizer, part=part, **asdict(sizes)) for part in ("search", "confirm")
         }
 
+    def segments(self, sizes: Sizes, num_pairs: int) -> list[Segment]:
+        """Of the part kept for confirming: as many as are wanted, or as there is text for."""
+        return segments(self._workload, self._tokenizer, **asdict(sizes), num_segments=2 * num_pairs)
+
+
+def identity_of(settings: Settings, facts: ModelFacts, workload: Workload) -> dict[str, Any]:
+    """Everything that makes results comparable: who differs in it does not work on one study."""
+    return {
+        "model": facts.identity.model_dump(),
+        "workload": workload.sha256,
+        "concurrency": settings.concurrency,
+        "context": settings.context,
+        **asdict(settings.limits),
+        "fixed": dict(settings.fixed),
+        "hardware": machine.fingerprint(),
+    }
+
 
 def prepare(settings: Settings) -> Setup:
     """Check everything that the user gave, then probe; prints what it finds and writes no file.
@@ -160,7 +292,6 @@ def prepare(settings: Settings) -> Setup:
     Raises:
         ExpertFlowError: something cannot be used, or the default does not run.
     """
-    kept = _kept(settings)
     check_writable("--profile-out", settings.profile)
     check_writable("--out", settings.folder / "trials.csv")
     base = Profile.default().with_overrides({"workload.context": settings.context, **settings.fixed})
@@ -169,39 +300,34 @@ def prepare(settings: Settings) -> Setup:
             f"numerics {base.numerics!r} changes results, and every trial must give those of the default: tune without "
             "it, then measure its cost: python -m harness.quality"
         )
+    if settings.storage is None and not settings.resume and settings.folder.exists():
+        open_storage(settings.folder, resume=False)
+    kept = remembered(settings.folder) if settings.storage is None and settings.resume else {}
     facts = describe(settings.model)
     workload = load_workload(settings.workload)
     texts = Texts(workload, settings.model)
     texts.requests(largest_sizes(settings.concurrency))
+    if settings.storage is not None:
+        kept = remembered(settings.folder, settings.storage, identity_of(settings, facts, workload))
     with tempfile.TemporaryDirectory() as scratch:
         runner = TrialRunner(Path(scratch) / "setup.log")
         process_bytes = _must(runner, bare_process, None)["resident_bytes"]
         memory = MemoryModel.of(facts, process_bytes=process_bytes, context=settings.context)
-        limit_bytes = min(settings.max_memory_bytes or 1 << 62, process_bytes + machine.available_memory_bytes())
-        num_slots_fit = memory.slots_that_fit(limit_bytes, base.scheduler.group)
+        limit_bytes = min(settings.limits.max_memory_bytes or 1 << 62, process_bytes + machine.available_memory_bytes())
+        num_slots_fit = memory.slots_that_fit(limit_bytes, base.scheduler.num_sequences)
         probe = take_probe(settings.model, facts, read_gpus(), io_threads=base.transfer.io_threads)
-        needs = memory.predict(num_slots_fit, base.scheduler.group)
+        needs = memory.predict(num_slots_fit, base.scheduler.num_sequences)
         print(probe.describe())
         print(
             f"model      {facts.identity.architecture}, {num_slots_fit} of {memory.num_experts} experts fit", flush=True
         )
         print(f"needs      {needs.describe()} of {machine.format_bytes(limit_bytes)}", flush=True)
         if not kept:
-            kept = _pilot(
-                runner, settings, base, texts, Setting(memory.num_experts, num_slots_fit, settings.concurrency)
-            )
+            setting = Setting(memory.num_experts, num_slots_fit, settings.concurrency, machine.cpu_count())
+            kept = _pilot(runner, settings, base, texts, setting)
     space = Space(Setting(**kept["setting"]), base, fixed=settings.fixed)
     sizes, default_s = Sizes(**kept["sizes"]), float(kept["default_s"])
     return Setup(settings, facts, base, workload, texts, memory, limit_bytes, probe, sizes, space, default_s)
-
-
-def _kept(settings: Settings) -> dict[str, Any]:
-    """What the run to be resumed decided; nothing for a new one."""
-    if settings.resume:
-        return remembered(settings.folder)
-    if settings.folder.exists():
-        open_storage(settings.folder, resume=False)
-    return {}
 
 
 def _pilot(runner: TrialRunner, settings: Settings, base: Profile, texts: Texts, setting: Setting) -> dict[str, Any]:
@@ -210,20 +336,20 @@ def _pilot(runner: TrialRunner, settings: Settings, base: Profile, texts: Texts,
     spec = TrialSpec(settings.model, overrides, texts.requests(PILOT)["search"], concurrency=1)
     pilot = Outcome(Kind.OK, result=_must(runner, measure, spec)).measurement
     sizes, default_s = choose_sizes(pilot, settings.concurrency, settings.budget_s)
-    can_prefetch = setting.can_prefetch and not _lacks_predictor(pilot)
+    predictors = UNTRAINED if _lacks_lookahead(pilot) else ("gate_lookahead", *UNTRAINED)
     return {
         "sizes": asdict(sizes),
-        "setting": {**asdict(setting), "can_prefetch": can_prefetch},
+        "setting": asdict(replace(setting, predictors=predictors)),
         "default_s": default_s,
     }
 
 
-def _lacks_predictor(pilot: Measurement) -> bool:
+def _lacks_lookahead(pilot: Measurement) -> bool:
     """The engine says so in a note when a model's routers cannot be asked ahead."""
     return any("gate_lookahead is not available" in note for note in pilot.notes)
 
 
-def _must(runner: TrialRunner, work: Work, argument: Any) -> dict[str, Any]:
+def _must(runner: TrialRunner, work: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
     outcome = runner.run(work, argument, _SETUP_TIMEOUT_S)
     if outcome.kind is not Kind.OK or outcome.result is None:
         raise TuneError(f"the default configuration does not run, so there is nothing to tune: {outcome.message}")

@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.cache import steps as compiled
+from runtime.cache import timeline
 from runtime.cache.policies import FORESEEING, ORACLE, POLICIES, TD_CONTEXT, Policy
 from runtime.cache.steps import DEFERRED, NUM_FREE, Count, IntArray, flat, new_state
+from runtime.cache.timeline import FloatArray, Link, Steps, Times, new_link
 from runtime.errors import BudgetError
 from runtime.vocabulary import Load, LoadReason, Lookup, Plan
 
@@ -145,35 +147,17 @@ class Residency:
         self._is_stale[:] = True
         return self.plan_prefetch(-1, wanted.tolist(), (wanted // self.num_experts + 1).tolist())
 
-    def replay(
-        self,
-        events: IntArray,
-        demand: IntArray,
-        tokens: IntArray,
-        num_tokens: IntArray,
-        future: IntArray,
-        *,
-        load_s: float,
-        expert_s: float,
-        layer_s: float,
-    ) -> tuple[float, float]:
-        """Run layer steps one after the other, on demand only: what `plan`, `complete` and `release` would do.
+    def replay(self, layer_steps: Steps, times: Times, link: Link | None = None) -> FloatArray:
+        """Run passes on a virtual clock: what the coordinator would do of them with a `SimulatedTransfer`.
 
         Args:
-            events: [steps + 1], where each layer step's part of `demand` begins; layers in turn from 0.
-            demand: distinct experts (ids) of each step; tokens: how many tokens chose each of them.
-            num_tokens: [passes], tokens in each pass.
-            future: what `next_demands` says of them, which only the oracle needs; empty otherwise.
-            load_s, expert_s, layer_s: virtual seconds of a load, of computing an expert, of the rest of a layer.
+            link: goes on from where it is; None: a new one, for passes that leave nothing under way.
 
         Returns:
-            Virtual seconds in all, and of these waited. The loads of a step that takes several waves are timed as if
-            they were one.
+            [passes, 4]: when each pass ended; and, so far, seconds waited, seconds that the link was busy, loads that
+            ended.
         """
-        elapsed_s, stall_s = compiled.replay(
-            *self._flat, self._policy, events, num_tokens, demand, tokens, future, load_s, expert_s, layer_s
-        )
-        return elapsed_s, stall_s
+        return timeline.replay(self._flat, link or new_link(self.num_slots), self._policy, layer_steps, times)
 
     @property
     def num_free(self) -> int:
@@ -258,7 +242,7 @@ def next_demands(events: IntArray, demand: IntArray) -> IntArray:
     """The layer step (from 1) in which each entry of `demand` is demanded next; past the last one where never.
 
     Args:
-        events, demand: as in `Residency.replay`, of all layer steps.
+        events, demand: as in `timeline.Steps`, of all layer steps.
     """
     step = np.repeat(np.arange(1, events.size), np.diff(events))
     order = np.lexsort((step, demand))

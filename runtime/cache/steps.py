@@ -1,6 +1,6 @@
 """The compiled decisions of the cache: lookup, leases, victim choice and bookkeeping as one step over arrays.
 
-`Residency` calls `step` once per layer for the engine; `replay` runs the very same code over a whole trace.
+`Residency` calls `step` once per layer for the engine; `timeline.replay` runs the very same code over a whole trace.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Count(enum.IntEnum):
 
 
 # Per expert. Records rather than an array a field: what a compiled function is handed costs time by the array.
-_EXPERT = np.dtype(
+EXPERT = np.dtype(
     [
         ("slot_of", np.int64),  # -1: not resident
         ("ready", np.bool_),  # its bytes have arrived
@@ -71,7 +71,7 @@ _EXPERT = np.dtype(
     ],
     align=True,
 )
-_LAYER = np.dtype(
+LAYER = np.dtype(
     [
         ("worst", np.int64),  # the resident that goes first, -1: none may; holds unless `is_stale`
         ("is_stale", np.bool_),
@@ -84,8 +84,8 @@ NOW, NUM_FREE = 0, 1  # in `State.scalars`: the layer step that is running; slot
 class State(NamedTuple):
     """Arrays of the cache."""
 
-    experts: npt.NDArray[np.void]  # records of _EXPERT
-    layers: npt.NDArray[np.void]  # records of _LAYER
+    experts: npt.NDArray[np.void]  # records of EXPERT
+    layers: npt.NDArray[np.void]  # records of LAYER
     expert_in: IntArray  # per slot; -1: free
     follows: npt.NDArray[np.float32]  # [expert, index]: what `expert` now adds to P(index at the layer's next token);
     # of `td_next_use` [layer steps ago * experts + expert, index]: to what the next use of index is worth
@@ -95,12 +95,12 @@ class State(NamedTuple):
 
 def new_state(num_layers: int, per_layer: int, num_slots: int, prior: float, *, context: int) -> State:
     """Empty slots for `num_layers` x `per_layer` experts; `context`: layer steps whose experts are learned from."""
-    experts = np.zeros(num_layers * per_layer, _EXPERT)
+    experts = np.zeros(num_layers * per_layer, EXPERT)
     for name in ("slot_of", "needed_at", "last_used", "loaded_at", "forecast", "share", "wait"):
         experts[name] = -1
     for name in ("fast", "medium", "slow", "soon"):
         experts[name] = prior
-    layers = np.zeros(num_layers, _LAYER)
+    layers = np.zeros(num_layers, LAYER)
     layers["is_stale"] = True
     scalars = np.zeros(2, np.int64)
     scalars[NUM_FREE] = num_slots
@@ -333,7 +333,7 @@ def _correct_context(state, layer, error):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots):  # type: ignore[no-untyped-def]
+def plan_wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots):  # type: ignore[no-untyped-def]
     """One wave of a layer step: classify and lease every demanded expert, find slots for the missing ones."""
     if first:
         state.scalars[NOW] += 1
@@ -363,45 +363,28 @@ def _wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots)
 
 
 @njit
-def _waves(state, policy, layer, demand, tokens, num_tokens, kinds, slots):  # type: ignore[no-untyped-def]
-    """A whole layer step in which every load arrives before the next wave; hits and loads of the step."""
-    num_hits, num_loads = 0, 0
-    first = True
-    while demand.size > 0:
-        _wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots)
-        num_deferred = 0
-        deferred = np.empty(demand.size, np.int64)
-        for i in range(demand.size):
-            if kinds[i] == 3:
-                deferred[num_deferred] = demand[i]
-                num_deferred += 1
-                continue
-            num_hits += kinds[i] == 2
-            num_loads += kinds[i] == 0
-            state.experts[demand[i]].ready = True
-            state.experts[demand[i]].leases -= 1
-        state.layers[layer].is_stale = True
-        demand, first = deferred[:num_deferred], False
-    return num_hits, num_loads
+def plan_ahead(state, policy, layer, wanted, steps_ahead, slots):  # type: ignore[no-untyped-def]
+    """Slots for forecast experts, most urgent first; -1 where one is resident or nothing may be evicted for it."""
+    now, per_layer = state.scalars[NOW], state.experts.size // state.layers.size
+    for i in range(wanted.size):
+        state.experts[wanted[i]].needed_at = now + steps_ahead[i]
+        state.layers[wanted[i] // per_layer].is_stale = True
+    for i in range(wanted.size):
+        slots[i] = -1
+        if state.experts[wanted[i]].slot_of >= 0:
+            continue
+        slot = _victim(state, policy, layer, now + steps_ahead[i])
+        if slot < 0:
+            continue
+        _assign(state, wanted[i], slot)
+        state.layers[wanted[i] // per_layer].is_stale = True
+        state.experts[wanted[i]].prefetched = True
+        state.counts[5] += 1
+        slots[i] = slot
 
 
-@njit
-def _step_time(num_hits, num_loads, load_s, expert_s):  # type: ignore[no-untyped-def]
-    """Seconds of a layer step, and of these waited: hits are computed first, then what has arrived, one link."""
-    clock, stall, computed = num_hits * expert_s, 0.0, 0
-    while computed < num_loads:
-        arrived = num_loads if load_s == 0.0 else min(int(clock / load_s), num_loads)
-        if arrived <= computed:
-            arrived = computed + 1
-            stall += arrived * load_s - clock
-            clock = arrived * load_s
-        clock += (arrived - computed) * expert_s
-        computed = arrived
-    return clock, stall
-
-
-def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None], Callable[..., tuple[float, float]]]:
-    """The compiled step, the prefetch plan and the replay. The first arguments are `flat(state)`.
+def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The compiled step and the prefetch plan. The first arguments are `flat(state)`.
 
     Numba keeps compiled code on disk under the time stamp of the file that a function stands in and the values that it
     closes over, but not of what it calls. Closing over the policies' source makes an edited formula a new entry
@@ -413,60 +396,19 @@ def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None], C
         experts, layers, expert_in, follows, counts, scalars,
         policy, layer, demand, tokens, num_tokens, first, kinds, slots,
     ):  # fmt: skip
-        """See `_wave`."""
+        """See `plan_wave`."""
         len(formulas)
-        state = State(experts.view(_EXPERT), layers.view(_LAYER), expert_in, follows, counts, scalars)
-        _wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots)
+        state = State(experts.view(EXPERT), layers.view(LAYER), expert_in, follows, counts, scalars)
+        plan_wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots)
 
     @njit(cache=True)
     def prefetch(experts, layers, expert_in, follows, counts, scalars, policy, layer, wanted, steps_ahead, slots):  # type: ignore[no-untyped-def]
-        """Slots for forecast experts, most urgent first; -1 where one is resident or nothing may be evicted for it."""
+        """See `plan_ahead`."""
         len(formulas)
-        state = State(experts.view(_EXPERT), layers.view(_LAYER), expert_in, follows, counts, scalars)
-        now, per_layer = state.scalars[NOW], state.experts.size // state.layers.size
-        for i in range(wanted.size):
-            state.experts[wanted[i]].needed_at = now + steps_ahead[i]
-            state.layers[wanted[i] // per_layer].is_stale = True
-        for i in range(wanted.size):
-            slots[i] = -1
-            if state.experts[wanted[i]].slot_of >= 0:
-                continue
-            slot = _victim(state, policy, layer, now + steps_ahead[i])
-            if slot < 0:
-                continue
-            _assign(state, wanted[i], slot)
-            state.layers[wanted[i] // per_layer].is_stale = True
-            state.experts[wanted[i]].prefetched = True
-            state.counts[5] += 1
-            slots[i] = slot
+        state = State(experts.view(EXPERT), layers.view(LAYER), expert_in, follows, counts, scalars)
+        plan_ahead(state, policy, layer, wanted, steps_ahead, slots)
 
-    @njit(cache=True)
-    def replay(  # type: ignore[no-untyped-def]
-        experts, layers, expert_in, follows, counts, scalars,
-        policy, events, num_tokens, demand, tokens, next_demands, load_s, expert_s, layer_s,
-    ):  # fmt: skip
-        """All layer steps of a trace, on demand only; see `Residency.replay`."""
-        len(formulas)
-        state = State(experts.view(_EXPERT), layers.view(_LAYER), expert_in, follows, counts, scalars)
-        elapsed, stall = 0.0, 0.0
-        num_layers = state.layers.size
-        per_layer = state.experts.size // num_layers
-        kinds, slots = np.empty(per_layer, np.int64), np.empty(per_layer, np.int64)
-        for event in range(events.size - 1):
-            start, end = events[event], events[event + 1]
-            if next_demands.size > 0:
-                for i in range(start, end):
-                    state.experts[demand[i]].next_demand = next_demands[i]
-            num_hits, num_loads = _waves(
-                state, policy, event % num_layers, demand[start:end], tokens[start:end],
-                num_tokens[event // num_layers], kinds, slots,
-            )  # fmt: skip
-            busy, waited = _step_time(num_hits, num_loads, load_s, expert_s)
-            elapsed += layer_s + busy
-            stall += waited
-        return elapsed, stall
-
-    return step, prefetch, replay
+    return step, prefetch
 
 
-step, prefetch, replay = _compile(SOURCE)
+step, prefetch = _compile(SOURCE)

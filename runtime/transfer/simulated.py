@@ -15,14 +15,15 @@ class SimulatedTransfer(Transfer):
     Args:
         load_s: virtual seconds that the link is busy with one expert.
         load_bytes: bytes that `stats().num_bytes` counts per load.
+        slowdown: computing takes that much longer, as a share, while a load is under way.
     Only `advance`, `wait_any` and `drain` move its clock.
     """
 
-    def __init__(self, load_s: float, load_bytes: int = 0) -> None:
-        if load_s < 0 or load_bytes < 0:
-            raise ValueError(f"a load takes neither {load_s} seconds nor {load_bytes} bytes: both must be 0 or more")
+    def __init__(self, load_s: float, load_bytes: int = 0, slowdown: float = 0.0) -> None:
+        if load_s < 0 or load_bytes < 0 or slowdown < 0:
+            raise ValueError(f"{load_s} s and {load_bytes} bytes a load, slowdown {slowdown}: all must be 0 or more")
         self._now_s = 0.0
-        self._load_s, self._load_bytes = load_s, load_bytes
+        self._load_s, self._load_bytes, self._stretch = load_s, load_bytes, 1.0 + slowdown
         self._queue = LoadQueue()
         self._current: QueuedLoad | None = None
         self._started_s = 0.0
@@ -36,12 +37,15 @@ class SimulatedTransfer(Transfer):
         return self._now_s
 
     def advance(self, seconds: float) -> None:
-        """Let the caller compute for `seconds` (0 or more) of virtual time while the link goes on."""
+        """Let the caller compute for `seconds` (0 or more) while the link goes on; longer where that slows it down."""
         if seconds < 0:
             raise ValueError(f"time cannot go back by {-seconds} s")
-        until_s = self._now_s + seconds
+        until_s = self._now_s + (seconds if self._current is None else seconds * self._stretch)
         while self._current is not None and self._end_s <= until_s:
+            ended_s = self._end_s
             self._end_current()
+            if self._current is None and self._stretch > 1.0:  # nothing starts before the caller comes back
+                until_s = ended_s + (until_s - ended_s) / self._stretch
         self._now_s = until_s
 
     def submit(self, loads: Sequence[Load]) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from harness.search.outcome import Measurement
-from harness.search.plan import PILOT, choose_sizes, largest_sizes, num_pairs, parse_duration, timeout_s
+from harness.search.plan import (
+    PILOT,
+    choose_sizes,
+    confirm_s,
+    largest_sizes,
+    num_finalists,
+    num_pairs,
+    parse_duration,
+    timeout_s,
+)
 from runtime.errors import UsageError
 
 
@@ -31,9 +40,14 @@ def test_a_fast_model_takes_the_largest_sizes_and_a_slow_one_the_smallest() -> N
     assert slow.num_requests == 16 and slow.context < fast.context
 
 
-@pytest.mark.parametrize(("pair_s", "pairs"), [(1000, 3), (30, 4), (1, 10)])
+@pytest.mark.parametrize(("pair_s", "pairs"), [(1000, 6), (20, 9), (1, 12)])
 def test_pairs_fill_their_share_of_the_time(pair_s: float, pairs: int) -> None:
     assert num_pairs(pair_s, 300) == pairs
+
+
+def test_finalists_are_as_many_as_there_is_time_to_choose_among() -> None:
+    assert [num_finalists(turn_s, 300) for turn_s in (100, 8, 1)] == [2, 4, 5]
+    assert confirm_s(1, 300) == 2 * 12 + 6 * 4
 
 
 def test_a_trial_is_not_given_up_early() -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +19,19 @@ import pytest
 from test_study import LIMIT, machine, ok, open_study, space
 
 from harness import tune
+from harness.measure.environment import GPU_LOST
 from harness.measure.workload import HELDOUT, Part
-from harness.search.loop import NothingRunsError, choose, closest, search
-from harness.search.outcome import Kind, Outcome
+from harness.probe import take_probe
+from harness.search.confirm import MIN_PAIRS, Confirmation, Contender, Segment, confirm
+from harness.search.loop import PATIENCE, PATIENT_TRIALS, Choice, GpuLostError, NothingRunsError, choose, search
+from harness.search.objective import SLOWDOWN, Objective
+from harness.search.outcome import Kind, Limits, Outcome
 from harness.search.setup import Setup
 from harness.search.space import Params
 from harness.search.study import Study
 from runtime.profile import load_profile
+
+Machine = Callable[[Params], Outcome]
 
 
 class Silent:
@@ -28,17 +39,22 @@ class Silent:
 
     def __init__(self) -> None:
         self.trials: list[int] = []
-        self.confirmations: list[str] = []
+        self.sources: list[str] = []
 
-    def trial(self, number: int, params: Params, outcome: Outcome, best: object) -> None:
+    def trial(self, number: int, params: Params, outcome: Outcome, best: object, source: str) -> None:
         self.trials.append(number)
+        self.sources.append(source)
 
-    def confirmation(self, name: str, outcome: Outcome) -> None:
-        self.confirmations.append(name)
+    def confirmation(self, name: str, outcome: Outcome) -> None: ...
+
+
+def _search(study: Study, measure: Machine, watcher: Silent | None = None, **options: Any) -> str:
+    options = {"objective": Objective.LATENCY, "budget_s": 600, "num_trials": None, **options}
+    return search(study, measure, None, watcher or Silent(), **options)
 
 
 def _timed(outcome: Outcome, wall_s: float) -> Outcome:
-    return Outcome(outcome.kind, outcome.message, outcome.result, wall_s)
+    return replace(outcome, wall_s=wall_s)
 
 
 def test_the_search_ends_when_half_a_trial_no_longer_fits(tmp_path: Path) -> None:
@@ -48,21 +64,45 @@ def test_the_search_ends_when_half_a_trial_no_longer_fits(tmp_path: Path) -> Non
         now[0] += 10.0
         return _timed(machine(params), 10.0)
 
-    why = search(open_study(tmp_path), measure, watcher, budget_s=46, num_trials=None, clock=lambda: now[0])
+    why = _search(open_study(tmp_path), measure, watcher, budget_s=46, clock=lambda: now[0])
     assert why == "time budget of 46 s" and watcher.trials == [1, 2, 3, 4, 5]
+    assert watcher.sources[0] == "default"
 
 
 def test_the_default_is_measured_however_short_the_time(tmp_path: Path) -> None:
     study = open_study(tmp_path)
-    search(study, lambda params: _timed(machine(params), 10.0), Silent(), budget_s=1e-9, num_trials=None)
+    _search(study, lambda params: _timed(machine(params), 10.0), budget_s=1e-9)
     assert [record.params for record in study.records()] == [study.space.default]
 
 
 def test_the_number_of_trials_counts_those_before_a_resume(tmp_path: Path) -> None:
-    search(open_study(tmp_path), machine, Silent(), budget_s=60, num_trials=3)
+    _search(open_study(tmp_path), machine, num_trials=3)
     resumed, watcher = open_study(tmp_path, resume=True), Silent()
-    assert search(resumed, machine, watcher, budget_s=60, num_trials=5) == "5 trials"
+    assert _search(resumed, machine, watcher, num_trials=5) == "5 trials"
     assert watcher.trials == [4, 5]
+
+
+def test_what_was_not_launched_does_not_count(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+
+    def measure(params: Params) -> Outcome:
+        found = machine(params)
+        return found if found.kind is Kind.OK else Outcome(Kind.TOO_LARGE, "predicted")
+
+    assert _search(study, measure, num_trials=12) == "12 trials"
+    assert sum(record.outcome.kind is Kind.OK for record in study.records()) == 12
+
+
+def test_it_ends_when_nothing_becomes_better(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    assert _search(study, lambda params: ok(10.0)) == f"nothing better in {PATIENCE} trials"
+    assert len(study.records()) == PATIENT_TRIALS
+
+
+def test_it_stops_after_the_trial_in_which_it_was_asked_to(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    assert _search(study, machine, stop=lambda: len(study.records()) == 2) == "interrupted"
+    assert len(study.records()) == 2
 
 
 def test_an_interrupted_trial_is_closed_and_the_others_are_kept(tmp_path: Path) -> None:
@@ -74,51 +114,150 @@ def test_an_interrupted_trial_is_closed_and_the_others_are_kept(tmp_path: Path) 
         return machine(params)
 
     with pytest.raises(KeyboardInterrupt):
-        search(study, interrupted, Silent(), budget_s=60, num_trials=None)
+        _search(study, interrupted)
     assert len(study.records()) == 2 and study._study.trials[-1].state.name == "FAIL"
 
 
-def _searched(folder: Path, measure: Callable[[Params], Outcome] = machine, **options: Any) -> Study:
+def test_a_lost_gpu_ends_the_search_and_what_was_measured_is_kept(tmp_path: Path) -> None:
+    study, calls = open_study(tmp_path), itertools.count()
+
+    def lost(params: Params) -> Outcome:
+        return machine(params) if next(calls) < 2 else Outcome(Kind.ENVIRONMENT, f"{GPU_LOST}: NVML says GPU lost")
+
+    with pytest.raises(GpuLostError, match=GPU_LOST):
+        _search(study, lost)
+    assert len(study.tried()) == 2
+
+
+def test_what_was_foretold_is_kept_with_the_trial(tmp_path: Path) -> None:
+    class Guide:
+        def propose(self, records: object, tried: object) -> list[Params]:
+            return []
+
+        def foretell(self, params: Params) -> float:
+            return 42.0
+
+    study = open_study(tmp_path)
+    search(study, machine, Guide(), Silent(), objective=Objective.LATENCY, budget_s=600, num_trials=2)  # type: ignore[arg-type]
+    again = open_study(tmp_path, resume=True)
+    assert [record.outcome.foretold_ms for record in again.records()] == [42.0, 42.0]
+
+
+def _searched(folder: Path, measure: Machine = machine, **options: Any) -> Study:
     study = open_study(folder, space(fit=16), **options)
-    search(study, measure, Silent(), budget_s=600, num_trials=6)
+    study.enqueue([params for params in study.space.seeds() if params != study.space.default], "seed")
+    _search(study, measure, num_trials=6)
     return study
 
 
+@dataclass
+class _Contender:
+    measure: Machine
+    params: Params
+
+    def run(self, requests: Segment, /) -> Outcome:
+        return self.measure(self.params)
+
+
+def _choose(
+    study: Study,
+    measure: Machine = machine,
+    unseen: Machine | None = None,
+    verify: Machine = lambda params: ok(1.0),
+    objective: Objective = Objective.LATENCY,
+) -> Choice:
+    """`unseen` is the machine on the text kept for confirming."""
+
+    def contender(params: Params) -> AbstractContextManager[Contender]:
+        return nullcontext(_Contender(unseen or measure, params))
+
+    def confirms(finalists: Sequence[Params], default: Params) -> Confirmation:
+        return confirm(
+            finalists,
+            default,
+            [()] * 20,
+            open_contender=contender,
+            fit_together=lambda several: True,
+            num_pairs=MIN_PAIRS,
+            objective=objective,
+            limits=study.limits,
+            on_run=lambda name, outcome: None,
+        )
+
+    return choose(study, measure, verify, confirms, objective=objective, num_finalists=3)
+
+
 def test_a_proven_gain_is_chosen(tmp_path: Path) -> None:
-    study, watcher = _searched(tmp_path), Silent()
-    choice = choose(study, machine, machine, watcher, budget_s=60)
+    choice = _choose(_searched(tmp_path))
     assert choice.params["group"] == 8 and choice.confirmation is not None and choice.confirmation.is_proven
-    assert watcher.confirmations[:4] == ["default", "finalist", "finalist", "default"] and choice.drift == 1.0
+    assert choice.drift == 1.0
 
 
 def test_a_gain_that_is_gone_on_other_text_keeps_the_default(tmp_path: Path) -> None:
     study = _searched(tmp_path)
-    choice = choose(study, machine, lambda params: ok(50.0), Silent(), budget_s=60)
+    choice = _choose(study, unseen=lambda params: ok(50.0))
     assert choice.params == study.space.default and "not proven" in choice.reason
-    failing = choose(study, machine, lambda params: Outcome(Kind.WRONG_TOKENS, "differ"), Silent(), budget_s=60)
+    failing = _choose(study, unseen=lambda params: Outcome(Kind.WRONG_TOKENS, "differ"))
     assert failing.params == study.space.default and "wrong_tokens" in failing.reason
+
+
+def test_a_finalist_that_computes_something_else_is_passed_over_and_the_study_knows(tmp_path: Path) -> None:
+    study = _searched(tmp_path)
+
+    def verify(params: Params) -> Outcome:
+        return Outcome(Kind.WRONG_TOKENS, "differ") if params["group"] == 8 else ok(1.0)
+
+    choice = _choose(study, verify=verify)
+    assert choice.params.get("group", 1) != 8
+    assert not [one for one in study.tried() if one.params.get("group") == 8]
+    none = _choose(study, verify=lambda params: Outcome(Kind.WRONG_TOKENS, "differ"))
+    assert none.params == study.space.default
 
 
 def test_nothing_faster_keeps_the_default_without_confirming(tmp_path: Path) -> None:
     def worse_elsewhere(params: Params) -> Outcome:
         return ok(10.0 if params == space(fit=16).default else 20.0)
 
-    study, watcher = _searched(tmp_path, worse_elsewhere), Silent()
-    choice = choose(study, worse_elsewhere, machine, watcher, budget_s=60)
-    assert choice.params == study.space.default and choice.confirmation is None and not watcher.confirmations
+    study = _searched(tmp_path, worse_elsewhere)
+    choice = _choose(study, worse_elsewhere)
+    assert choice.params == study.space.default and choice.confirmation is None
+
+
+def test_memory_is_saved_as_long_as_it_is_hardly_slower(tmp_path: Path) -> None:
+    def flat(params: Params) -> Outcome:
+        slots = int(params.get("slots", 16))
+        return ok(100.0 if slots > 8 else 100.0 * SLOWDOWN * 1.1, (10 + slots) << 20)
+
+    study = open_study(tmp_path, space(fit=16, scheduler__group=1, cache__policy="lru", prefetch__depth=0))
+    _search(study, flat)
+    choice = _choose(study, flat, objective=Objective.MEMORY)
+    assert choice.params["slots"] == 11 and "smaller" in choice.reason
+
+
+def test_limits_on_times_exclude_what_is_faster_by_the_client_but_slower_by_the_token(tmp_path: Path) -> None:
+    def measure(params: Params) -> Outcome:
+        group = int(params.get("group", 1))
+        found = ok(100.0 / group)
+        assert found.result is not None
+        return replace(found, result={**found.result, "tpot_ms_p50": 10.0 * group})
+
+    study = _searched(tmp_path, measure, limits=Limits(LIMIT, slo_tpot_ms=25.0))
+    assert any(one.params.get("group") == 8 for one in study.tried())
+    assert _choose(study, measure).params.get("group", 1) <= 2
 
 
 def test_drift_is_the_default_at_the_end_over_the_start(tmp_path: Path) -> None:
     study = _searched(tmp_path)
     before = machine(study.space.default).measurement.latency_ms_p50
-    choice = choose(study, lambda params: ok(before * 1.5), machine, Silent(), budget_s=60)
+    choice = _choose(study, lambda params: ok(before * 1.5), machine)
     assert choice.drift == pytest.approx(1.5)
 
 
 def test_a_default_that_does_not_run_does_not_hide_what_does(tmp_path: Path) -> None:
     study = open_study(tmp_path, space(fit=64))
-    search(study, machine, Silent(), budget_s=600, num_trials=6)
-    choice = choose(study, machine, machine, Silent(), budget_s=60)
+    study.enqueue([params for params in study.space.seeds() if params != study.space.default], "seed")
+    _search(study, machine, num_trials=6)
+    choice = _choose(study)
     assert "default does not run" in choice.reason and int(choice.params["slots"]) < 64
 
 
@@ -128,8 +267,7 @@ def test_where_nothing_runs_there_is_no_choice(tmp_path: Path) -> None:
 
     study = _searched(tmp_path, too_large)
     with pytest.raises(NothingRunsError):
-        choose(study, too_large, too_large, Silent(), budget_s=60)
-    assert closest(study) == f"the smallest configuration peaked at {LIMIT + 1} bytes"
+        _choose(study, too_large)
 
 
 @pytest.fixture
@@ -146,6 +284,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--max-memory", "much"], "1.5GiB"),
         (["--time-budget", "soon"], "90s, 6m or 1h"),
         (["--trials", "0"], "at least 1"),
+        (["--slo-tpot", "-5"], "above 0"),
+        (["--sampler", "brute", "--storage", "nonsense"], "is no URL"),
         (["--concurrency", "0"], "at least 1"),
         (["--set", "cache.slots"], "KEY=VALUE"),
         (["--set", "cache.polcy=lru"], "cache.policy"),
@@ -193,10 +333,7 @@ def text(home: Path) -> list[str]:
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe of the disk cut short: what it finds does not matter here."""
-    from harness import probe
-
-    whole = probe.measure_curve
-    monkeypatch.setattr(probe, "measure_curve", lambda *given: whole(*given, budget_s=0.1))
+    monkeypatch.setattr("harness.search.setup.take_probe", partial(take_probe, budget_s=0.3))
 
 
 @pytest.mark.slow
@@ -233,6 +370,36 @@ def test_all_of_it_for_real(
         assert engine.profile.cache.slots == profile.cache.slots
 
 
+def _pretend(monkeypatch: pytest.MonkeyPatch, on_call: Callable[[int], None]) -> None:
+    """Trials and contenders that only pretend: groups help. `on_call` is told which trial begins."""
+    calls = itertools.count()
+
+    def measured(params: Params) -> Outcome:
+        return ok(100.0 / float(params.get("group", 1)), 300 << 20)
+
+    class Fake:
+        def remember(self, records: object) -> None: ...
+
+        def verify(self, params: Params) -> Outcome:
+            return measured(params)
+
+        def __call__(self, params: Params, part: Part = "search") -> Outcome:
+            on_call(next(calls))
+            return measured(params)
+
+    def confirmed(setup: Setup, on_run: Callable[[str, Outcome], None], *which: Any) -> Confirmation:
+        def contender(params: Params) -> AbstractContextManager[Contender]:
+            return nullcontext(_Contender(measured, params))
+
+        together = {"open_contender": contender, "fit_together": lambda several: True, "on_run": on_run}
+        wanted = {"objective": setup.settings.objective, "limits": setup.settings.limits}
+        return confirm(*which, [()] * 9, num_pairs=MIN_PAIRS, **together, **wanted)
+
+    monkeypatch.setattr(Setup, "measurer", lambda setup: Fake())
+    monkeypatch.setattr(Setup, "confirm", confirmed)
+
+
+@pytest.mark.parametrize(("presses", "kept"), [(1, 3), (2, 2)])
 def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(
     home: Path,
     tiny_checkpoint: Path,
@@ -240,26 +407,23 @@ def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(
     brief: None,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    presses: int,
+    kept: int,
 ) -> None:
-    calls = itertools.count()
+    """Once: the trial that runs is measured to its end. Twice: it is lost."""
 
-    def measurer(setup: Setup) -> Any:
-        class Fake:
-            def remember(self, records: object) -> None: ...
+    def press(call: int) -> None:
+        for _ in range(presses if call == 2 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
 
-            def __call__(self, params: Params, part: Part = "search") -> Outcome:
-                if next(calls) == 2:
-                    raise KeyboardInterrupt
-                return ok(100.0 / float(params.get("group", 1)), 300 << 20)
-
-        return Fake()
-
-    monkeypatch.setattr(Setup, "measurer", measurer)
-    arguments = ["--model", str(tiny_checkpoint), "--trials", "4", "--out", "run", *text]
+    _pretend(monkeypatch, press)
+    arguments = ["--model", str(tiny_checkpoint), "--trials", "4", "--out", "run", "--no-simulator", *text]
     assert tune.main(arguments) == 130
     error = capsys.readouterr().err
-    assert "2 trials are kept in run" in error and "unconfirmed" in error and error.rstrip().endswith("interrupted")
-    assert len(pd.read_csv(home / "run" / "trials.csv")) == 2
+    assert (
+        f"{kept} trials are kept in run" in error and "unconfirmed" in error and error.rstrip().endswith("interrupted")
+    )
+    assert len(pd.read_csv(home / "run" / "trials.csv")) == kept
     best = load_profile(home / "run" / "best.yaml")
     assert best.scheduler.group == 8 and best.evidence is not None and best.evidence.ratio is None
     assert not (home / "profiles").exists()
@@ -271,3 +435,32 @@ def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(
     assert len(pd.read_csv(home / "run" / "trials.csv")) == 5
     profile = load_profile(home / "profiles" / f"{tiny_checkpoint.name}-cpu.yaml")
     assert profile.scheduler.group == 8 and profile.evidence is not None and profile.evidence.ratio is not None
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["chosen"]["scheduler.group"] == 8 and last["ratio"]["high"] < 1 and last["trials"]["ok"] == 5
+
+
+def test_where_nothing_keeps_the_limits_it_says_which_by_how_much_and_what_comes_closest(
+    home: Path,
+    tiny_checkpoint: Path,
+    text: list[str],
+    brief: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _pretend(monkeypatch, lambda call: None)
+    arguments = ["--model", str(tiny_checkpoint), "--trials", "3", "--out", "run", "--no-simulator", *text]
+    assert tune.main([*arguments, "--slo-ttft", "0.5"]) == 2
+    out, error = capsys.readouterr()
+    assert error.count("\n") == 1 and "exceeds --slo-ttft 0.5 ms by 100.0%" in error and "group" in error
+    assert json.loads(out.splitlines()[-1])["chosen"] is None
+    assert (home / "run" / "report.html").exists() and not (home / "profiles").exists()
+
+
+def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(
+    home: Path, tiny_checkpoint: Path, text: list[str], brief: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(home.iterdir())
+    assert tune.main(["--model", str(tiny_checkpoint), "--set", "cache.policy=lru", *text, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "predicted not to fit" in out and "cache.policy" in out and "to confirm" in out
+    assert set(home.iterdir()) == before

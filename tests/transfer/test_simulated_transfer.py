@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -54,8 +55,19 @@ def test_loads_of_no_time_are_ready_when_waited_for() -> None:
     assert transfer.now_s == 0.0
 
 
-@pytest.mark.parametrize("arguments", [(-1.0, 0), (1.0, -1)])
-def test_negative_cost_is_refused(arguments: tuple[float, int]) -> None:
+def test_computing_is_slower_while_the_link_is_busy() -> None:
+    transfer = SimulatedTransfer(load_s=2.0, slowdown=0.5)
+    transfer.advance(1.0)
+    transfer.submit(THREE[:2])  # busy from 1 to 5
+    transfer.advance(1.0)
+    assert transfer.now_s == 2.5
+    transfer.advance(3.0)  # 2.5 s at the slower pace do 2.5 / 1.5, the rest at the usual one
+    assert transfer.now_s == pytest.approx(5.0 + 3.0 - 2.5 / 1.5)
+    assert transfer.stats().busy_s == 4.0 and transfer.stats().stall_s == 0.0
+
+
+@pytest.mark.parametrize("arguments", [(-1.0, 0), (1.0, -1), (1.0, 0, -0.1)])
+def test_negative_cost_is_refused(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="0 or more"):
         SimulatedTransfer(*arguments)
 

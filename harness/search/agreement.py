@@ -1,0 +1,59 @@
+"""How well foretold latencies agree with measured ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy.stats import kendalltau
+
+from harness.measure.stats import median
+from harness.search.outcome import Record, Tried
+from harness.search.space import Params
+
+MIN_PAIRS = 8
+"""Below which Kendall's tau says nothing."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """`pairs` are (simulated, measured) latencies in ms, one per configuration.
+
+    `rank_correlation` is Kendall's tau, `median_error` the median of |simulated / measured - 1|.
+    """
+
+    pairs: tuple[tuple[float, float], ...]
+    rank_correlation: float
+    median_error: float
+
+    def __str__(self) -> str:
+        return (
+            f"Kendall's tau {self.rank_correlation:.2f}, median error {self.median_error:.0%}, "
+            f"{len(self.pairs)} configurations"
+        )
+
+
+def agreement(simulated: Sequence[tuple[Params, float]], tried: Sequence[Tried]) -> Agreement | None:
+    """Of the configurations that were both simulated and measured; None where they are too few or all alike.
+
+    Args:
+        simulated: latency in ms that was expected of a configuration; the last one of each counts.
+    """
+    expected = {frozenset(params.items()): latency_ms for params, latency_ms in simulated}
+    measured = {frozenset(one.params.items()): one.latency_ms_p50 for one in tried}
+    pairs = tuple((expected[params], latency_ms) for params, latency_ms in measured.items() if params in expected)
+    if len(pairs) < MIN_PAIRS:
+        return None
+    tau = float(kendalltau(*zip(*pairs, strict=True)).statistic)
+    if tau != tau:  # nan: all of one side are equal
+        return None
+    return Agreement(pairs, tau, median([abs(one / other - 1) for one, other in pairs]))
+
+
+def foretold(records: Sequence[Record]) -> list[tuple[Params, float]]:
+    """Each configuration and the latency that was expected of it, in ms, before it ran for the first time."""
+    first: dict[frozenset[tuple[str, int | str]], tuple[Params, float]] = {}
+    for record in records:
+        if record.outcome.foretold_ms is not None and not record.reused:
+            first.setdefault(frozenset(record.params.items()), (record.params, record.outcome.foretold_ms))
+    return list(first.values())

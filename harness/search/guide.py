@@ -1,0 +1,197 @@
+"""What to measure next, by the calibrated simulator: stage 1 of the search, and its guidance of stage 2.
+
+The simulator is calibrated anew from everything measured before each round. Its word counts as long as its order agrees
+with what was measured: every configuration's latency is foretold before it runs, and Kendall's tau of the two is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from harness.search.agreement import Agreement, agreement, foretold
+from harness.search.memory_guard import MemoryGuard
+from harness.search.objective import Objective
+from harness.search.outcome import Limits, Measurement, Record, Tried
+from harness.search.space import Params, Space, Value
+
+FIRST_ROUND, LATER_ROUND = 8, 3
+"""Configurations of a round; between two rounds the sampler proposes one, which the simulator has no say in."""
+TRUSTED_TAU = 0.3
+
+Explore = Callable[..., list[tuple[Params, tuple[float, float]]]]
+
+
+class Foretold(Protocol):
+    """What a simulated run answers."""
+
+    @property
+    def latency_ms_p50(self) -> float:
+        """See `Measurement`, as the others."""
+
+    @property
+    def ttft_ms_p50(self) -> float: ...
+
+    @property
+    def tpot_ms_p50(self) -> float | None: ...
+
+
+class Simulates(Protocol):
+    """`harness.search.simulator.Simulator`, or a stand-in."""
+
+    def run(self, overrides: Mapping[str, Any]) -> Foretold:
+        """A configuration on the virtual clock."""
+
+    def calibrated(self, observations: Sequence[tuple[Mapping[str, Any], Measurement]]) -> Simulates:
+        """One whose costs fit what was measured."""
+
+
+class Guide:
+    """Proposes configurations in rounds.
+
+    Args:
+        overrides: of a configuration, every profile key that a trial sets.
+        explore: an in-memory search (`harness.search.study.explore`).
+        num_simulated: configurations that one round explores.
+        on_round: told how many were simulated in a round.
+
+    Attributes:
+        simulator: as it was calibrated last.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        simulator: Simulates,
+        overrides: Callable[[Params], Mapping[str, Any]],
+        guard: MemoryGuard,
+        limits: Limits,
+        objective: Objective,
+        explore: Explore,
+        *,
+        seed: int = 0,
+        num_simulated: int = 240,
+        on_round: Callable[[int], None] = lambda num_simulated: None,
+    ) -> None:
+        self.space, self.limits, self.objective = space, limits, objective
+        self.simulator = simulator
+        self._overrides, self._guard, self._explore = overrides, guard, explore
+        self._seed, self._num_simulated, self._on_round = seed, num_simulated, on_round
+        self._pending: set[str] = set()
+        self._num_rounds = 0
+        self._is_samplers_turn = False
+        self._simulated: dict[str, tuple[float, float] | None] = {}
+
+    def foretell(self, params: Params) -> float | None:
+        """Latency that is expected of a configuration, ms; None before there was anything to calibrate by."""
+        if not self._num_rounds:
+            return None
+        return self.simulator.run(self._overrides(params)).latency_ms_p50
+
+    def propose(self, records: Sequence[Record], tried: Sequence[Tried]) -> list[Params]:
+        """Configurations to run now, the most promising first; empty: it is the sampler's turn.
+
+        Args:
+            records: of every trial, however it ended. tried: what was measured.
+        """
+        seen = {_key(record.params) for record in records}
+        self._pending -= seen
+        if self._pending or not tried or not is_trusted(agreement(foretold(records), tried)):
+            return []
+        if self._is_samplers_turn:
+            self._is_samplers_turn = False
+            return []
+        chosen = self._round(tried, seen)
+        self._pending = {_key(params) for params in chosen}
+        self._is_samplers_turn = True
+        return chosen
+
+    def _round(self, tried: Sequence[Tried], seen: set[str]) -> list[Params]:
+        observations = [(self._overrides(one.params), run) for one in tried for run in one.runs]
+        self.simulator = self.simulator.calibrated(observations)
+        self._guard.learn(tried)
+        self._simulated = {}
+        best = self.objective.rank([one for one in tried if self.limits.allow(one)], self._default(tried))
+        start = [one.params for one in (best or tried)[:3]]
+        found = self._explore(
+            self.space, self._evaluate, self._num_simulated, seed=self._seed + self._num_rounds, start=start
+        )
+        ranked = self._ranked(found)
+        self._polish([params for params, _ in ranked[:2]] or start)
+        ranked = self._ranked([(json.loads(key), value) for key, value in self._simulated.items() if value])
+        self._on_round(len(self._simulated))
+        self._num_rounds += 1
+        unseen = [one for one in ranked if _key(one[0]) not in seen]
+        return _spread(unseen, FIRST_ROUND if self._num_rounds == 1 else LATER_ROUND)
+
+    def _default(self, tried: Sequence[Tried]) -> Tried | None:
+        return next((one for one in tried if one.params == self.space.default), None)
+
+    def _evaluate(self, params: Params) -> tuple[float, float] | None:
+        """Foretold latency in ms and peak memory in bytes; None where it is foretold to exceed a limit."""
+        key = _key(params)
+        if key not in self._simulated:
+            self._simulated[key] = self._limited(params)
+        return self._simulated[key]
+
+    def _limited(self, params: Params) -> tuple[float, float] | None:
+        peak_bytes = self._guard.expected_bytes(params)
+        if not self._guard.allows(params):
+            return None
+        run, limits = self.simulator.run(self._overrides(params)), self.limits
+        slos = ((run.tpot_ms_p50, limits.slo_tpot_ms), (run.ttft_ms_p50, limits.slo_ttft_ms))
+        if any(value is not None and limit is not None and value > limit for value, limit in slos):
+            return None
+        return run.latency_ms_p50, float(peak_bytes)
+
+    def _ranked(self, found: Iterable[tuple[Params, tuple[float, float]]]) -> list[tuple[Params, tuple[float, float]]]:
+        return sorted(found, key=lambda one: self.objective.cost(*one[1]))
+
+    def _polish(self, starts: Sequence[Params]) -> None:
+        """Descend from each start one knob at a time, to where no single change is better."""
+        for params in starts:
+            cost = self._cost(params)
+            improved = True
+            while improved:
+                improved = False
+                for neighbour in neighbours(self.space, params):
+                    if (other := self._cost(neighbour)) < cost:
+                        params, cost, improved = neighbour, other, True
+
+    def _cost(self, params: Params) -> float:
+        value = self._evaluate(params)
+        return float("inf") if value is None else self.objective.cost(*value)
+
+
+def is_trusted(agreed: Agreement | None) -> bool:
+    """False once the simulator's order has little to do with what is measured."""
+    return agreed is None or agreed.rank_correlation >= TRUSTED_TAU
+
+
+def neighbours(space: Space, params: Params) -> Iterable[dict[str, Value]]:
+    """Every configuration that differs from `params` in one knob; those that begin to act with it at their default."""
+    for knob in space.knobs:
+        for value in knob.choices if knob.name in params else ():
+            if value != params[knob.name]:
+                yield space.near({**params, knob.name: value})
+
+
+def _spread(ranked: Sequence[tuple[Params, tuple[float, float]]], number: int) -> list[Params]:
+    """The best half of `number` by cost, and as many of the front of both objectives, far apart."""
+    best = [params for params, _ in ranked[: -(-number // 2)]]
+    edge: list[Params] = []
+    least = float("inf")
+    for params, (_, peak_bytes) in sorted(ranked, key=lambda one: one[1]):
+        if peak_bytes < least:
+            edge.append(params)
+            least = peak_bytes
+    taken = {_key(params) for params in best}
+    others = [params for params in edge if _key(params) not in taken]
+    wanted = number - len(best)
+    step = max(1.0, len(others) / wanted) if wanted else 1.0
+    return [*best, *(others[int(i * step)] for i in range(wanted) if int(i * step) < len(others))]
+
+
+def _key(params: Params) -> str:
+    return json.dumps(dict(params), sort_keys=True)

@@ -1,0 +1,96 @@
+"""The routing of a workload: recorded once, replayed by the simulator in whatever order a configuration serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from harness.measure.workload import TokenRequest
+from harness.search.trial import TrialSpec
+from runtime.errors import TraceError
+from runtime.trace import RoutingTrace, write_trace
+
+LOOKAHEAD = 3
+"""Layers ahead for which gate lookahead is recorded: the deepest prefetch of the search space."""
+
+
+@dataclass(frozen=True)
+class RecordSpec:
+    """What to record: `requests` served as a trial of `overrides` would; the trace goes to the file `out`."""
+
+    model: str
+    overrides: dict[str, Any] = field(hash=False)
+    requests: tuple[TokenRequest, ...]
+    concurrency: int
+    out: str
+
+    @classmethod
+    def of(cls, trial: TrialSpec, out: str) -> RecordSpec:
+        """The same run as `trial`."""
+        return cls(trial.model, trial.overrides, trial.requests, trial.concurrency, out)
+
+
+def record_workload(spec: RecordSpec) -> dict[str, Any]:
+    """Serve the workload once and write its routing to `spec.out`. Runs in a trial's process (`TrialRunner.run`).
+
+    The gate lookahead is in the trace where the model's routers can be asked.
+
+    Raises:
+        ExpertFlowError: the engine cannot be loaded, or the routing of this model cannot be recorded.
+    """
+    from transformers.utils import logging
+
+    import runtime
+    from harness.measure.runner import serve
+
+    logging.disable_progress_bar()
+    with runtime.load(spec.model, overrides={**spec.overrides, "prefetch.on_trial": False}) as engine:
+        engine.start_trace(lookahead=min(LOOKAHEAD, engine.routing_shape[0]))
+        serve(engine, spec.requests, spec.concurrency)
+        trace = engine.trace()
+        write_trace(spec.out, trace)
+        return {"path": spec.out, "num_tokens": trace.num_tokens, "notes": list(engine.notes)}
+
+
+class RequestRows(NamedTuple):
+    """The rows of a trace that one request computed: its prompt, then every output token but the last."""
+
+    prompt: tuple[int, ...]
+    decoded: tuple[int, ...]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens that its client gets."""
+        return len(self.decoded) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class WorkloadTrace:
+    """A trace and whose its rows are, in the order of the workload's requests."""
+
+    trace: RoutingTrace
+    requests: tuple[RequestRows, ...]
+
+    @classmethod
+    def of(cls, trace: RoutingTrace, requests: Sequence[TokenRequest]) -> WorkloadTrace:
+        """Find every request's rows in what `record_workload` wrote.
+
+        Raises:
+            TraceError: the trace is not one of these requests.
+        """
+        numbers = np.unique(trace.request)
+        if len(numbers) != len(requests):
+            raise TraceError(f"the trace has {len(numbers)} requests, the workload {len(requests)}; record it again")
+        return cls(trace, tuple(_rows(trace, int(n), of) for n, of in zip(numbers, requests, strict=True)))
+
+
+def _rows(trace: RoutingTrace, number: int, request: TokenRequest) -> RequestRows:
+    rows = np.flatnonzero(trace.request == number).tolist()
+    num_prompt, num_decoded = len(request.prompt_ids), len(request.output_ids) - 1
+    if len(rows) != num_prompt + num_decoded:
+        wanted = f"{num_prompt} + {num_decoded}"
+        raise TraceError(f"request {request.id!r} has {len(rows)} rows in the trace, not {wanted}; record it again")
+    return RequestRows(tuple(rows[:num_prompt]), tuple(rows[num_prompt:]))
