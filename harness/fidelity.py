@@ -8,12 +8,11 @@ ratio to the default, the memory model every peak. `--out` of an earlier run goe
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +21,15 @@ from runtime.errors import UsageError, cli_main
 from runtime.files import check_writable, write_named
 
 if TYPE_CHECKING:
+    from harness.measure.fidelity_file import Results
     from harness.measure.fidelity_runs import Pair
     from harness.search.outcome import Outcome
     from harness.search.setup import Settings, Setup
     from harness.search.space import Params
 
-DEFAULT_MAX_MEMORY = "640MiB"
+DEFAULT_MAX_MEMORY = "704MiB"
 """Of the demo, as in `make tune`."""
-_BUDGET_S = 300.0
+_BUDGET_S = 240.0
 """Of the tuner's search by default, which the sizes of a run depend on."""
 
 
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from harness.measure.fidelity_file import Results
     from harness.search.setup import prepare
 
     for name, least in (("configurations", 2), ("calibration", 0), ("seed", 0), ("concurrency", 1), ("context", 1)):
@@ -122,58 +123,6 @@ def _about(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
         "num_configurations": options.configurations,
         "num_calibration": options.calibration,
     }
-
-
-@dataclass
-class Results:
-    """The file of a run, written again after each pair.
-
-    Attributes:
-        declared: `configurations` and how a run of them is made; empty until they are drawn.
-    """
-
-    path: Path
-    about: dict[str, Any]
-    head: dict[str, Any]
-    declared: dict[str, Any] = field(default_factory=dict)
-    pairs: list[Pair] = field(default_factory=list)
-
-    @classmethod
-    def open(cls, path: Path, about: dict[str, Any]) -> Results:
-        """A new file, or the one that is there.
-
-        Raises:
-            UsageError: what is there is something else.
-        """
-        from harness.measure.fidelity_runs import Pair
-        from harness.measure.provenance import provenance
-
-        head = provenance("harness.fidelity", datetime.now(UTC))
-        if not path.exists():
-            return cls(path, about, head)
-        try:
-            found = json.loads(path.read_bytes())
-            kept = cls(path, found["about"], head, found["declared"], [Pair.of(pair) for pair in found["pairs"]])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"--out {path}: is there, and no result of harness.fidelity ({error})") from error
-        differing = [name for name in about if kept.about.get(name) != about[name]]
-        if differing:
-            name = differing[0]
-            raise UsageError(
-                f"--out {path}: is of another run ({name} {kept.about.get(name)}, now {about[name]}); name another file"
-            )
-        return kept
-
-    @property
-    def configurations(self) -> list[Params]:
-        """In the order in which they are measured."""
-        return list(self.declared["configurations"])
-
-    def save(self, **more: Any) -> None:
-        """Write what is known so far."""
-        pairs = [pair.as_dict() for pair in self.pairs]
-        content = {**self.head, "about": self.about, "declared": self.declared, "pairs": pairs, **more}
-        write_named("--out", self.path, json.dumps(content, indent=1) + "\n")
 
 
 def _declare(results: Results, setup: Setup, options: argparse.Namespace) -> Setup:

@@ -8,14 +8,13 @@ the optimum under the memory limit. `--out` of an earlier run goes on with it: w
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha256
@@ -23,11 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import UsageError, cli_main
-from runtime.files import check_writable, write_named
+from runtime.files import check_writable
 
 if TYPE_CHECKING:
-    import pandas as pd
-
+    from harness.measure.regret_file import Results
     from harness.measure.regret_runs import Variant
     from harness.search.problem import Problem
 
@@ -58,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything of this or a further process computes
+
+    from harness.measure.regret_file import Results
     from runtime import machine
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything of this or a further process computes
     variants = _checked(options)
     problem = _problem(options)
-    results = Results.open(options.out or Path("results/regret") / f"{datetime.now(UTC):%Y-%m-%d-%H%M%S}.json",
-                           _about(problem, options.trials))  # fmt: skip
+    out = options.out or Path("results/regret") / f"{datetime.now(UTC):%Y-%m-%d-%H%M%S}.json"
+    results = Results.open(out, _about(problem, options.trials))
     print(f"grid       {problem.space.size()} configurations of {', '.join(knob.name for knob in problem.space.knobs)}")
     tasks = list(_missing(results, problem, options, variants))
     _work_off(tasks, results, options.jobs or machine.cpu_count())
@@ -129,80 +129,6 @@ class _Task:
     num_trials: int
 
 
-@dataclass
-class Results:
-    """The file of a run, written again after each task.
-
-    Attributes:
-        optima: by seed. searches: with `seed`, the fields of `Variant` and those of `Searched`.
-    """
-
-    path: Path
-    head: dict[str, Any]
-    optima: dict[int, dict[str, Any]] = field(default_factory=dict)
-    searches: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def open(cls, path: Path, about: dict[str, Any]) -> Results:
-        """A new file, or the one that is there.
-
-        Raises:
-            UsageError: what is there is not of the same problem.
-        """
-        from harness.measure.provenance import provenance
-
-        head = {**provenance("harness.regret", datetime.now(UTC)), "problem": about}
-        if not path.exists():
-            return cls(path, head)
-        try:
-            found = json.loads(path.read_bytes())
-            optima = {int(seed): optimum for seed, optimum in found["optima"].items()}
-            kept = cls(path, head, optima, found["searches"])
-            before = found["problem"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"--out {path}: is there, and no result of harness.regret ({error})") from error
-        differing = [name for name in about if before.get(name) != about[name]]
-        if differing:
-            name = differing[0]
-            raise UsageError(f"--out {path}: is of another problem ({name} {before.get(name)}, now {about[name]}); "
-                             "name another file")  # fmt: skip
-        return kept
-
-    def has(self, seed: int, variant: Variant) -> bool:
-        """Whether that search is done."""
-        key = {"seed": seed, **asdict(variant)}
-        return any(key.items() <= row.items() for row in self.searches)
-
-    def add(self, task: _Task, found: dict[str, Any]) -> None:
-        """Take in what a task came to."""
-        if task.variant is None:
-            self.optima[task.seed] = found
-        else:
-            self.searches.append({"seed": task.seed, **asdict(task.variant), **found})
-        self.save()
-
-    def save(self) -> None:
-        """Write the JSON file and, once there are searches, the table."""
-        optima = dict(sorted(self.optima.items()))
-        content = {**self.head, "optima": optima, "searches": self.searches}
-        write_named("--out", self.path, json.dumps(content, indent=1) + "\n")
-        table = self.table()
-        if len(table):
-            write_named("--out", self.path.with_suffix(".csv"), table.to_csv(index=False))
-
-    def table(self) -> pd.DataFrame:
-        """A row for each search whose optimum is known, with its `regret`."""
-        import pandas as pd
-
-        rows = []
-        for row in sorted(self.searches, key=lambda row: (row["sampler"], row["is_guided"], row["seed"])):
-            if row["seed"] in self.optima:
-                optimum_ms, found_ms = self.optima[row["seed"]]["latency_ms"], row["latency_ms"]
-                regret = float("inf") if found_ms is None else found_ms / optimum_ms - 1
-                rows.append({**row, "params": json.dumps(row["params"]), "optimum_ms": optimum_ms, "regret": regret})
-        return pd.DataFrame(rows)
-
-
 def _missing(
     results: Results, problem: Problem, options: argparse.Namespace, variants: Sequence[Variant]
 ) -> Generator[_Task]:
@@ -225,7 +151,7 @@ def _work_off(tasks: Sequence[_Task], results: Results, num_jobs: int) -> None:
         closing(_done(tasks, min(num_jobs, len(tasks)))) as done,
     ):
         for number, (task, found) in enumerate(done, 1):
-            results.add(task, found)
+            results.add(task.seed, task.variant, found)
             line = _line(results, task, found)
             bar.set_postfix_str(line, refresh=False)
             bar.update()
@@ -263,17 +189,15 @@ def _kept(problem: Problem) -> Problem:
 def _line(results: Results, task: _Task, found: dict[str, Any]) -> str:
     if task.variant is None:
         return f"seed {task.seed}: at best {found['latency_ms']:.1f} ms, {found['num_fit']} configurations fit"
-    optimum = results.optima.get(task.seed)
-    regret = "nothing found" if found["latency_ms"] is None else f"{found['latency_ms']:.1f} ms"
-    if optimum is not None and found["latency_ms"] is not None:
-        regret += f", {found['latency_ms'] / optimum['latency_ms'] - 1:.2%} above the best"
-    return f"seed {task.seed}, {task.variant.sampler}: {regret}, {found['num_infeasible']} out of memory"
+    regret = results.regret(task.seed, found["latency_ms"])
+    known = "" if regret is None else f"{regret:.2%} above the best, "
+    return f"seed {task.seed}, {task.variant.sampler}: {known}{found['num_infeasible']} trials out of memory"
 
 
 def _report(results: Results, variants: Sequence[dict[str, Any]]) -> None:
     from harness.report.regret import figures, table_text, verdict
 
-    about, table = results.head["problem"], figures(results.table())
+    about, table = results.about, figures(results.table())
     fit = [optimum["num_fit"] / about["grid"] for optimum in results.optima.values()]
     print(f"fits       {sum(fit) / len(fit):.0%} of it within {about['max_memory_bytes'] / 1e6:.0f} MB\n")
     print(f"{table_text(table)}\n")

@@ -161,6 +161,7 @@ def _searched(
         measurer,
         guide,
         progress,
+        guard=setup.guard,
         objective=settings.objective,
         budget_s=settings.budget_s,
         num_trials=settings.num_trials,

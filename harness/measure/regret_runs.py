@@ -107,7 +107,16 @@ def search_once(problem: Problem, seed: int, variant: Variant, num_trials: int) 
     def run() -> Study:
         study = Study(Path(folder), problem.space, {"seed": seed}, limits=limits, seed=seed, sampler=variant.sampler)
         objective = Objective.LATENCY
-        search(study, measure, guide, _Silent(), objective=objective, budget_s=float("inf"), num_trials=num_trials - 1)
+        search(
+            study,
+            measure,
+            guide,
+            _Silent(),
+            guard=guard,
+            objective=objective,
+            budget_s=float("inf"),
+            num_trials=num_trials - 1,
+        )
         return study
 
     with TemporaryDirectory() as folder:

@@ -42,12 +42,17 @@ def agreement(simulated: Sequence[tuple[Params, float]], tried: Sequence[Tried])
     expected = {frozenset(params.items()): latency_ms for params, latency_ms in simulated}
     measured = {frozenset(one.params.items()): one.latency_ms_p50 for one in tried}
     pairs = tuple((expected[params], latency_ms) for params, latency_ms in measured.items() if params in expected)
+    if (tau := rank_correlation(pairs)) is None:
+        return None
+    return Agreement(pairs, tau, median([abs(one / other - 1) for one, other in pairs]))
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Kendall's tau; None where the pairs are too few, or all of one side are equal."""
     if len(pairs) < MIN_PAIRS:
         return None
     tau = float(kendalltau(*zip(*pairs, strict=True)).statistic)
-    if tau != tau:  # nan: all of one side are equal
-        return None
-    return Agreement(pairs, tau, median([abs(one / other - 1) for one, other in pairs]))
+    return None if tau != tau else tau
 
 
 def foretold(records: Sequence[Record]) -> list[tuple[Params, float]]:

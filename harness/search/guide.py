@@ -1,7 +1,7 @@
 """What to measure next, by the calibrated simulator: stage 1 of the search, and its guidance of stage 2.
 
-The simulator is calibrated anew from everything measured before each round. Its word counts as long as its order agrees
-with what was measured: every configuration's latency is foretold before it runs, and Kendall's tau of the two is kept.
+The simulator is calibrated anew from everything measured before each round, and heard as long as it can then explain
+the order of what was measured.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from harness.search.agreement import Agreement, agreement, foretold
+from harness.measure.stats import median
+from harness.search.agreement import rank_correlation
 from harness.search.memory_guard import MemoryGuard
 from harness.search.objective import Objective
-from harness.search.outcome import Limits, Measurement, Record, Tried
+from harness.search.outcome import Kind, Limits, Measurement, Record, Tried
 from harness.search.space import Params, Space, Value
 
-FIRST_ROUND, LATER_ROUND = 8, 3
+FIRST_ROUND, LATER_ROUND = 8, 5
 """Configurations of a round; between two rounds the sampler proposes one, which the simulator has no say in."""
 TRUSTED_TAU = 0.3
+"""Kendall's tau below which the simulator is not heard."""
 
 Explore = Callable[..., list[tuple[Params, tuple[float, float]]]]
 
@@ -85,9 +87,7 @@ class Guide:
 
     def foretell(self, params: Params) -> float | None:
         """Latency that is expected of a configuration, ms; None before there was anything to calibrate by."""
-        if not self._num_rounds:
-            return None
-        return self.simulator.run(self._overrides(params)).latency_ms_p50
+        return self._simulated_ms(params) if self._num_rounds else None
 
     def propose(self, records: Sequence[Record], tried: Sequence[Tried]) -> list[Params]:
         """Configurations to run now, the most promising first; empty: it is the sampler's turn.
@@ -97,20 +97,36 @@ class Guide:
         """
         seen = {_key(record.params) for record in records}
         self._pending -= seen
-        if self._pending or not tried or not is_trusted(agreement(foretold(records), tried)):
+        if self._pending or not records:
             return []
         if self._is_samplers_turn:
             self._is_samplers_turn = False
             return []
-        chosen = self._round(tried, seen)
-        self._pending = {_key(params) for params in chosen}
         self._is_samplers_turn = True
-        return chosen
-
-    def _round(self, tried: Sequence[Tried], seen: set[str]) -> list[Params]:
         observations = [(self._overrides(one.params), run) for one in tried for run in one.runs]
         self.simulator = self.simulator.calibrated(observations)
-        self._guard.learn(tried)
+        if not self._explains(records, tried):
+            return []
+        chosen = self._round(tried, seen)
+        self._pending = {_key(params) for params in chosen}
+        return chosen
+
+    def _explains(self, records: Sequence[Record], tried: Sequence[Tried]) -> bool:
+        """Whether the order of what was measured is that of the simulator. What was stopped early was slow for sure."""
+        stopped = [
+            (one.params, median(one.outcome.result["latencies_ms"]))
+            for one in records
+            if one.outcome.kind is Kind.HOPELESS and one.outcome.result is not None
+        ]
+        measured = [(one.params, one.latency_ms_p50) for one in tried]
+        pairs = [(self._simulated_ms(params), latency_ms) for params, latency_ms in (*measured, *stopped)]
+        tau = rank_correlation(pairs)
+        return tau is None or tau >= TRUSTED_TAU
+
+    def _simulated_ms(self, params: Params) -> float:
+        return self.simulator.run(self._overrides(params)).latency_ms_p50
+
+    def _round(self, tried: Sequence[Tried], seen: set[str]) -> list[Params]:
         self._simulated = {}
         best = self.objective.rank([one for one in tried if self.limits.allow(one)], self._default(tried))
         start = [one.params for one in (best or tried)[:3]]
@@ -162,11 +178,6 @@ class Guide:
     def _cost(self, params: Params) -> float:
         value = self._evaluate(params)
         return float("inf") if value is None else self.objective.cost(*value)
-
-
-def is_trusted(agreed: Agreement | None) -> bool:
-    """False once the simulator's order has little to do with what is measured."""
-    return agreed is None or agreed.rank_correlation >= TRUSTED_TAU
 
 
 def neighbours(space: Space, params: Params) -> Iterable[dict[str, Value]]:

@@ -12,6 +12,7 @@ from harness.measure.environment import GPU_LOST
 from harness.measure.stats import median
 from harness.search.confirm import Confirmation
 from harness.search.guide import Guide
+from harness.search.memory_guard import MemoryGuard
 from harness.search.objective import Objective
 from harness.search.outcome import Kind, Outcome, Tried, feasible, front
 from harness.search.space import Params
@@ -20,8 +21,12 @@ from runtime.errors import ExpertFlowError
 
 PATIENCE, PATIENT_TRIALS = 15, 25
 """After so many trials, the search ends when as many in a row have made neither the best nor the front better."""
+MAX_REFUSED = 200
 NOTICEABLE = 0.005
 """Share of the cost below which an improvement is none."""
+
+NUM_REMEASURED, REPEATS = 5, 3
+"""Where there is no default to confirm against: configurations that are measured again, and how often."""
 
 Measure = Callable[[Params], Outcome]
 
@@ -67,6 +72,7 @@ def search(
     guide: Guide | None,
     watcher: Watcher,
     *,
+    guard: MemoryGuard | None = None,
     objective: Objective,
     budget_s: float,
     num_trials: int | None,
@@ -79,10 +85,11 @@ def search(
 
     Args:
         guide: proposes what is worth measuring; None: the study alone does.
+        guard: is told what memory trials took.
         num_trials: launched ones, those before a resume among them; None: as many as the budget holds.
         stop: asked after each trial.
     """
-    start, progress = clock(), _Progress(study, objective)
+    start, progress, num_refused = clock(), _Progress(study, objective), 0
     while True:
         walls = [one.outcome.wall_s for one in study.records() if not one.reused and one.outcome.was_launched]
         if num_trials is not None and len(walls) >= num_trials:
@@ -93,6 +100,8 @@ def search(
             return "interrupted"
         if num_trials is None and progress.is_exhausted():
             return f"nothing better in {PATIENCE} trials"
+        if guard is not None:
+            guard.learn(study.tried(), sum(one.outcome.kind is Kind.OUT_OF_MEMORY for one in study.records()))
         if guide is not None:
             study.enqueue(guide.propose(study.records(), study.tried()), "simulator")
         proposal = study.ask()
@@ -100,6 +109,9 @@ def search(
             return "every configuration was tried"
         foretold_ms = None if guide is None else guide.foretell(proposal.params)
         outcome = run_one(study, proposal, measure, foretold_ms)
+        num_refused = 0 if outcome.was_launched else num_refused + 1
+        if num_refused == MAX_REFUSED:
+            return f"{num_refused} proposals in a row were predicted not to fit"
         if outcome.kind is Kind.ENVIRONMENT and outcome.message.startswith(GPU_LOST):
             raise GpuLostError(outcome.message)
         watcher.trial(len(walls) + 1, proposal.params, outcome, progress.best(), proposal.source)
@@ -170,10 +182,7 @@ def choose(
     if not ranked:
         raise NothingRunsError
     if baseline is None:
-        sound = next(_sound(study, ranked, verify), None)
-        if sound is None:
-            raise NothingRunsError
-        return Choice(sound, "the default does not run within the limits", None, None)
+        return Choice(_best_again(study, ranked, measure, verify, objective), _NO_DEFAULT, None, None)
     drift = _drift(baseline)
     better = ranked[: next(i for i, one in enumerate(ranked) if one is baseline)]
     if not better:
@@ -188,6 +197,19 @@ def choose(
     return Choice(default, f"{why}; the default is kept", confirmation, drift)
 
 
+def _best_again(
+    study: Study, ranked: Sequence[Tried], measure: Measure, verify: Measure, objective: Objective
+) -> Params:
+    """Of a few that look best the one that does when they are measured again: the best of many is partly luck."""
+    sound = list(islice(_sound(study, ranked, verify), NUM_REMEASURED))
+    for params in sound * REPEATS:
+        run_one(study, study.propose(params, "repeat"), measure)
+    again = [one for one in feasible(study.tried(), study.limits) if one.params in sound]
+    if not again:
+        raise NothingRunsError
+    return objective.rank(again, None)[0].params
+
+
 def _sound(study: Study, ranked: Sequence[Tried], verify: Measure) -> Iterator[Params]:
     """Those that compute what they should; the study is told of the others."""
     for one in ranked:
@@ -198,6 +220,7 @@ def _sound(study: Study, ranked: Sequence[Tried], verify: Measure) -> Iterator[P
             study.tell(study.propose(one.params, "verify"), outcome)
 
 
+_NO_DEFAULT = "the default does not run within the limits"
 _GAINS = {
     Objective.LATENCY: "faster than the default, proven on other text",
     Objective.MEMORY: "smaller than the default and hardly slower, proven on other text",

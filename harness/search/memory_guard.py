@@ -13,7 +13,7 @@ from runtime.profile import Scheduler
 
 MARGIN = 0.02
 """Of the predicted peak, kept free beyond the largest error seen; with n configurations measured, a share 1/sqrt(n) of
-it is enough."""
+it is enough. While nothing was measured, as much more for each that ran out of memory."""
 
 
 class MemoryGuard:
@@ -31,12 +31,16 @@ class MemoryGuard:
         self.model, self.limit_bytes = model, limit_bytes
         self._measured_model, self._space = measured_model, space
         self.error: float | None = None
-        self._num_measured = 0
+        self._margin = MARGIN
 
-    def learn(self, tried: Iterable[Tried]) -> None:
-        """Take in what was measured."""
+    def learn(self, tried: Iterable[Tried], num_out_of_memory: int = 0) -> None:
+        """Take in what was measured, and how many trials ran out of memory."""
         errors = [self.error_of(one) for one in tried]
-        self.error, self._num_measured = max(errors, default=None), len(errors)
+        self.error = max(errors, default=None)
+        if self.error is None:
+            self._margin = MARGIN * (1 + 2 * num_out_of_memory)
+        else:
+            self._margin = max(0.0, self.error + MARGIN / math.sqrt(len(errors)))
 
     def error_of(self, one: Tried) -> float:
         """Measured over predicted peak, minus 1."""
@@ -48,8 +52,7 @@ class MemoryGuard:
 
     def allows(self, params: Params) -> bool:
         """True for what fits even if the model is a little more wrong than it was so far."""
-        margin = max(self.error or 0.0, 0.0) + MARGIN / math.sqrt(max(1, self._num_measured))
-        return self._predict(self.model, params).total_bytes * (1 + margin) <= self.limit_bytes
+        return self._predict(self.model, params).total_bytes * (1 + self._margin) <= self.limit_bytes
 
     def excess(self, params: Params) -> str:
         """Why a configuration is not to be launched; empty where it may be.

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from harness.measure.stats import median
 from harness.search.outcome import Tried
 
-MIN_REQUESTS, MIN_SHARE = 3, 0.25
-"""Finished requests before which nothing is said."""
+MIN_REQUESTS, MIN_SHARE, MAX_SHARE = 3, 0.25, 0.75
+"""Finished requests before which nothing is said, and after which it is quicker to finish."""
 OPTIMISM = 0.8
 """What the median latency of the finished requests may still fall to. The first ones find the cache cold, and the
 median of three that spread by 10 % is 14 % too high once in forty. Other errors err on the safe side: in a closed loop
@@ -25,7 +25,7 @@ def hopeless(latencies_ms: Sequence[float], num_requests: int, peak_memory_bytes
         peak_memory_bytes: so far; it can only grow.
         rivals: measured on the same requests.
     """
-    if len(latencies_ms) < max(MIN_REQUESTS, MIN_SHARE * num_requests):
+    if not max(MIN_REQUESTS, MIN_SHARE * num_requests) <= len(latencies_ms) <= MAX_SHARE * num_requests:
         return ""
     at_best_ms = OPTIMISM * median(latencies_ms)
     smaller = [one for one in rivals if one.peak_memory_bytes <= SAME_MEMORY * peak_memory_bytes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import random
 import tempfile
@@ -41,7 +42,7 @@ from harness.search.study import Study, explore, open_storage, remembered
 from harness.search.tracing import RecordSpec, WorkloadTrace, record_workload
 from harness.search.trial import TrialRunner, TrialSpec, bare_process, measure
 from runtime import machine
-from runtime.errors import ExpertFlowError, UsageError
+from runtime.errors import BudgetError, ExpertFlowError, UsageError
 from runtime.facts import ModelFacts, describe
 from runtime.files import check_writable
 from runtime.model import read_tokenizer
@@ -323,7 +324,13 @@ def prepare(settings: Settings) -> Setup:
         )
         print(f"needs      {needs.describe()} of {machine.format_bytes(limit_bytes)}", flush=True)
         if not kept:
-            setting = Setting(memory.num_experts, num_slots_fit, settings.concurrency, machine.cpu_count())
+            setting = Setting(
+                memory.num_experts,
+                num_slots_fit,
+                settings.concurrency,
+                machine.cpu_count(),
+                fewer_slots=_beside_more_sequences(memory, limit_bytes, num_slots_fit, settings.concurrency),
+            )
             kept = _pilot(runner, settings, base, texts, setting)
     space = Space(Setting(**kept["setting"]), base, fixed=settings.fixed)
     sizes, default_s = Sizes(**kept["sizes"]), float(kept["default_s"])
@@ -342,6 +349,17 @@ def _pilot(runner: TrialRunner, settings: Settings, base: Profile, texts: Texts,
         "setting": asdict(replace(setting, predictors=predictors)),
         "default_s": default_s,
     }
+
+
+def _beside_more_sequences(
+    memory: MemoryModel, limit_bytes: int, num_slots_fit: int, concurrency: int
+) -> tuple[int, ...]:
+    """The most slots beside 2, 4, … sequences as far as any fit and they are fewer."""
+    found = set()
+    for power in range(1, concurrency.bit_length()):
+        with contextlib.suppress(BudgetError):
+            found.add(memory.slots_that_fit(limit_bytes, 2**power))
+    return tuple(sorted(found - {num_slots_fit}))
 
 
 def _lacks_lookahead(pilot: Measurement) -> bool:

@@ -21,7 +21,8 @@ POLICIES = ("lru", "lfru", "next_use", "td_next_use")
 budget that was replayed (results/replay-*.csv, results/LOG.md, 2026-11-26); a profile may still name them."""
 
 _RUNGS = 8
-"""Choices of the number of slots: the most that fit, and shares of it, each 1/sqrt(2) of the one above."""
+"""Choices of the number of slots beside `Setting.fewer_slots`: the most that fit, and shares of it, each 1/sqrt(2) of
+the one above."""
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _MAX_GROUP = 64
 
@@ -32,6 +33,7 @@ class Setting:
 
     Attributes:
         num_experts: of the whole model. num_slots_fit: at most that, the most slots that the memory holds.
+            fewer_slots: the most beside more sequences, which need KV caches.
         concurrency: requests outstanding. num_cores: that compute.
         predictors: that the model has; empty: nothing to prefetch by. One that cannot do without an artefact is left
             out unless it is the profile's own.
@@ -45,9 +47,15 @@ class Setting:
     predictors: tuple[str, ...] = ("gate_lookahead",)
     prefill_kernels: tuple[str, ...] = ("eager", "grouped_mm")
     decode_kernels: tuple[str, ...] = ("eager", "grouped_mm", "gemv")
+    fewer_slots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("predictors", "prefill_kernels", "decode_kernels"):  # lists, where it was JSON in between
+        for name in (
+            "predictors",
+            "prefill_kernels",
+            "decode_kernels",
+            "fewer_slots",
+        ):  # lists, where it was JSON in between
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
@@ -92,7 +100,7 @@ def table(setting: Setting, base: Profile, fixed: Collection[str] = ()) -> tuple
 def _cache_and_batches(setting: Setting, base: Profile) -> Iterator[Knob]:
     slots, scheduler, outstanding = _default_slots(setting, base), base.scheduler, setting.concurrency
     rungs = [max(1, round(setting.num_slots_fit * 2 ** (-i / 2))) for i in range(_RUNGS)]
-    yield (by_slots := _ordered("slots", "cache.slots", rungs, slots))
+    yield (by_slots := _ordered("slots", "cache.slots", (*rungs, *setting.fewer_slots), slots))
     powers = [2**i for i in range(_MAX_GROUP.bit_length()) if 2**i <= outstanding]
     yield (by_group := _ordered("group", "scheduler.group", powers, scheduler.group))
     groups = [int(group) for group in by_group.choices]

@@ -9,12 +9,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from harness.search.space import Setting, Space
+from harness.search.space import Space
 from runtime.errors import UsageError
 
 JOURNAL = "study.journal"
@@ -109,7 +109,7 @@ def explained(storage: str, error: Exception) -> str:
 
 def study_name(identity: Mapping[str, Any], space: Space) -> str:
     """The same for all workers that can share a study: machines of one kind differ by a slot or so that fits."""
-    whole = Setting(**{**asdict(space.setting), "num_slots_fit": space.setting.num_experts})
+    whole = replace(space.setting, num_slots_fit=space.setting.num_experts, fewer_slots=())
     return f"{name_prefix(identity)}{space.within(whole).digest()}"
 
 

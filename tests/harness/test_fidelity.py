@@ -15,8 +15,8 @@ import pytest
 from test_study import measurement, ok
 
 from harness import fidelity
-from harness.fidelity import Results
 from harness.hardware.memory import MemoryModel
+from harness.measure.fidelity_file import Results
 from harness.measure.fidelity_runs import COLUMNS, Pair, calibrated, foretold, measure_pairs
 from harness.report.fidelity import figures, scatter_png, verdict
 from harness.search.hypercube import latin_hypercube

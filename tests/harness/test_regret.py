@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from harness.measure.regret_file import Results
 from harness.measure.regret_runs import Variant
-from harness.regret import TRACE, Results, main
+from harness.regret import TRACE, main
 from harness.report.regret import figures, verdict
 from harness.search.hidden import LEAST_BIAS, MOST_BIAS, NOISE, HiddenMachine, biased
 from harness.search.memory_guard import MemoryGuard
@@ -159,13 +160,22 @@ def test_a_search_that_ends_at_the_optimum_has_no_regret(problem: Problem, tmp_p
     hidden, _ = machine(problem)
     optimum = hidden.optimum(problem.space.configurations())
     chosen_ms = hidden.truth(optimum.params).latency_ms_p50
-    found = {"latency_ms": chosen_ms, "params": optimum.params, "num_launched": 9, "num_infeasible": 0}
+    found = {
+        "latency_ms": chosen_ms,
+        "params": optimum.params,
+        "num_launched": 9,
+        "num_infeasible": 0,
+        "sampler_s": 1.0,
+    }
     nothing = {**found, "latency_ms": None, "params": None}
     variant = {"sampler": "tpe", "is_guided": True}
     searches = [{"seed": 0, **variant, **found}, {"seed": 1, **variant, **nothing}, {"seed": 2, **variant, **found}]
     optima = {0: optimum._asdict(), 1: optimum._asdict()}
-    table = Results(tmp_path / "r.json", {}, optima, searches).table()
-    assert table["regret"].tolist() == [0.0, float("inf")]  # the optimum of seed 2 is not known yet
+    results = Results(tmp_path / "r.json", {}, optima, searches)
+    assert results.table()["regret"].tolist() == [0.0, float("inf")]  # the optimum of seed 2 is not known yet
+    results.save()
+    assert "Infinity" not in results.path.read_text()
+    assert json.loads(results.path.read_text())["figures"][0]["num_seeds"] == 2
 
 
 def test_the_command_comes_close_to_the_optimum_and_goes_on_where_it_was(
@@ -191,7 +201,7 @@ def test_the_command_comes_close_to_the_optimum_and_goes_on_where_it_was(
     capsys.readouterr()
 
     assert main(["--seeds=2", *arguments, "--trials=13"]) == 2
-    assert "another problem (trials 12, now 13)" in capsys.readouterr().err
+    assert "another run (trials 12, now 13)" in capsys.readouterr().err
     out.write_text("[]")
     assert main(["--seeds=2", *arguments]) == 2
     assert "no result of harness.regret" in capsys.readouterr().err

@@ -17,7 +17,6 @@ import pandas as pd
 import pytest
 
 from harness.report import plots, results
-from harness.search.agreement import agreement
 from harness.report.messages import failures_text, infeasible_text, limits_text, outcome_text, plan_text, verdict_text
 from harness.report.page import page
 from harness.report.profiles import commit, near, objectives, versions
@@ -26,6 +25,7 @@ from harness.report.results import Results, ResultsError, summary, write_profile
 from harness.report.run_file import Confirmed, Point, Run, RunFile, count_outcomes, load_run
 from harness.report.tables import front_table, front_text, trials_table
 from harness.report.text_plot import text_pareto
+from harness.search.agreement import agreement
 from harness.search.objective import Objective
 from harness.search.outcome import Kind, Limits, Measurement, Outcome, Record, Tried, feasible, front
 from harness.search.space import Params, Setting, Space

@@ -1,0 +1,37 @@
+"""Result files that a later call of the same command goes on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from runtime.errors import UsageError
+
+T = TypeVar("T")
+
+
+def reopened(path: Path, command: str, about: Mapping[str, Any], read: Callable[[dict[str, Any]], T]) -> T | None:
+    """What an earlier run of `command` left in `path`; None where there is no such file.
+
+    Args:
+        about: JSON, what the figures depend on; the file has the same under this name.
+        read: of the file's content; may raise KeyError, TypeError, ValueError or AttributeError for something else.
+
+    Raises:
+        UsageError: the file is none of `command`, or of something else than `about`.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        before, found = dict(content["about"]), read(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--out {path}: is there, and no result of {command} ({error}); name another file") from error
+    for name, value in about.items():
+        if before.get(name) != value:
+            raise UsageError(
+                f"--out {path}: is of another run ({name} {before.get(name)}, now {value}); name another file"
+            )
+    return found
