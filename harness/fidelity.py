@@ -13,24 +13,22 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import UsageError, cli_main
-from runtime.files import check_writable, write_named
+from runtime.files import write_named
 
 if TYPE_CHECKING:
     from harness.measure.fidelity_file import Results
     from harness.measure.fidelity_runs import Pair
     from harness.search.outcome import Outcome
     from harness.search.setup import Settings, Setup
-    from harness.search.space import Params
 
 DEFAULT_MAX_MEMORY = "704MiB"
 """Of the demo, as in `make tune`."""
-_BUDGET_S = 240.0
-"""Of the tuner's search by default, which the sizes of a run depend on."""
+_BUDGET_S = 150.0
+"""Of a search, which the sizes of a run depend on: short ones, since every configuration runs four times."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     from harness.measure.fidelity_file import Results
+    from harness.measure.resumable import result_path
     from harness.search.setup import prepare
 
     for name, least in (("configurations", 2), ("calibration", 0), ("seed", 0), ("concurrency", 1), ("context", 1)):
         if getattr(options, name) < least:
             raise UsageError(f"--{name} {getattr(options, name)}: at least {least} is needed")
-    check_writable("--out", options.out)
-    out = options.out or Path("results/fidelity") / f"{datetime.now(UTC):%Y-%m-%d-%H%M%S}.json"
+    out = result_path(options.out, "fidelity")
     with tempfile.TemporaryDirectory(prefix="expertflow-fidelity-") as scratch:
         settings = _settings(options, Path(scratch) / "run")
         results = Results.open(out, _about(settings, options))
@@ -171,29 +169,26 @@ def _measure(results: Results, setup: Setup) -> None:
                 left_s = left * (time.monotonic() - began_s) / (len(results.pairs) - num_before)
                 print(f"pair {len(results.pairs):3} of {number}  {_line(pair)}  {left_s / 60:.0f} min left", flush=True)
 
-        run = watched(lambda params: _trial(setup, params))
+        overrides = setup.measurer().overrides
+        run = watched(lambda params: _trial(setup, overrides(params)))
         measure_pairs(results.configurations, setup.space.default, run, results.pairs, on_pair)
 
 
-def _trial(setup: Setup, params: Params) -> Outcome:
+def _trial(setup: Setup, overrides: dict[str, Any]) -> Outcome:
     from harness.search.plan import timeout_s
     from harness.search.trial import TrialSpec, measure
 
     settings = setup.settings
     requests = setup.texts.requests(setup.sizes)["search"]
-    spec = TrialSpec(settings.model, _overrides(setup, params), requests, settings.concurrency)
+    spec = TrialSpec(settings.model, overrides, requests, settings.concurrency)
     return setup.runner.run(measure, spec, timeout_s(setup.default_s))
-
-
-def _overrides(setup: Setup, params: Params) -> dict[str, Any]:
-    return {**setup.settings.fixed, **setup.space.overrides(params)}
 
 
 def _line(pair: Pair) -> str:
     if not pair.is_ok:
-        failed = next(one for one in (pair.configuration, pair.default) if one.kind != "ok")
+        failed = next(one for one in (*pair.configuration, *pair.default) if one.kind != "ok")
         return f"{failed.kind}: {failed.message}"
-    mine, other = pair.configuration.measurement, pair.default.measurement
+    mine, other = pair.runs({}, {})
     return f"latency {mine.latency_ms_p50:7.1f} ms, default {other.latency_ms_p50:7.1f} ms"
 
 
@@ -202,12 +197,10 @@ def _conclude(results: Results, setup: Setup) -> None:
     from harness.measure.fidelity_runs import calibrated, foretold
     from harness.report.fidelity import figures, scatter_png, verdict
 
-    def overrides(params: Params) -> dict[str, Any]:
-        return _overrides(setup, params)
-
     configurations, default = results.configurations, setup.space.default
     num_calibration = results.about["num_calibration"]
-    guess = setup.guide(setup.measurer(), lambda num_simulated: None).simulator
+    measurer = setup.measurer()
+    guess, overrides = setup.guide(measurer, lambda num_simulated: None).simulator, measurer.overrides
     simulator = calibrated(guess, overrides, configurations, default, results.pairs, num_calibration)
     table = foretold(simulator, overrides, setup.guard, configurations, default, results.pairs, num_calibration)
     found = figures(table)

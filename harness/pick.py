@@ -10,7 +10,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from harness.report.messages import configuration_text, infeasible_text
 from harness.report.run_file import Figures, Point, RunFile, load_run
 from harness.search.objective import Objective
 from harness.search.outcome import Limits, Tried, feasible, front
-from runtime.errors import ExpertFlowError, UsageError, cli_main
+from runtime.errors import ExpertFlowError, cli_main
 from runtime.files import check_writable, write_named
-from runtime.machine import format_bytes, parse_bytes
+from runtime.machine import format_bytes
 from runtime.profile import Profile, dump_profile
 
 
@@ -76,13 +76,17 @@ def pick(run: RunFile, limits: Limits, objective: Objective) -> Point:
     chosen = run.point(run.chosen)
     if (limits, objective) == (run.limits, run.objective) and chosen is not None:
         return chosen
-    tried = [run.tried(point) for point in run.points if point.params not in run.failed]
+    tried = _usable(run)
     within = feasible(tried, limits)
     if not within:
         raise NothingFitsError(infeasible_text(tried, limits) if tried else "no configuration of this run ever ran")
     default = next((one for one in within if one.params == run.default), None)
     ranked = [one for one in objective.rank(within, default) if default is None or not _is_refuted(run, one, objective)]
     return next(point for point in run.points if point.params == ranked[0].params)
+
+
+def _usable(run: RunFile) -> list[Tried]:
+    return [run.tried(point) for point in run.points if point.params not in run.failed]
 
 
 def _is_refuted(run: RunFile, one: Tried, objective: Objective) -> bool:
@@ -92,16 +96,14 @@ def _is_refuted(run: RunFile, one: Tried, objective: Objective) -> bool:
 
 def listing(run: RunFile, limits: Limits, chosen: Point) -> str:
     """The front within `limits` as a table, with the default and what would be picked."""
-    from harness.report.tables import front_table, front_text
+    from harness.report.tables import front_table, front_text, with_marked
 
     values = {frozenset(point.params.items()): point.values for point in run.points}
-    default = run.point(run.default)
-    shown = front(feasible([run.tried(point) for point in run.points], limits))
-    missing = [one for one in (default, chosen) if one is not None and all(one.params != s.params for s in shown)]
-    shown += [run.tried(one) for i, one in enumerate(missing) if one not in missing[:i]]
-    base = None if default is None else run.tried(default)
-    table = front_table(shown, base, chosen.params, lambda params: values[frozenset(params.items())])
-    return front_text(table, (default or chosen).values, run.num_experts)
+    point = run.point(run.default)
+    default = None if point is None else run.tried(point)
+    shown = with_marked(front(feasible(_usable(run), limits)), default, run.tried(chosen))
+    table = front_table(shown, default, chosen.params, lambda params: values[frozenset(params.items())])
+    return front_text(table, (point or chosen).values, run.num_experts)
 
 
 def described(run: RunFile, point: Point) -> str:
@@ -151,15 +153,7 @@ def _profile(run: RunFile, point: Point, limits: Limits, given: Sequence[str]) -
 
 
 def _limits(options: argparse.Namespace, own: Limits) -> Limits:
-    for name in ("slo_tpot", "slo_ttft"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} {value:g}: a time in milliseconds above 0 is needed")
-    given = {
-        "max_memory_bytes": None if options.max_memory is None else parse_bytes(options.max_memory),
-        "slo_tpot_ms": options.slo_tpot,
-        "slo_ttft_ms": options.slo_ttft,
-    }
+    given = asdict(Limits.parse(options.max_memory, options.slo_tpot, options.slo_ttft))
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -29,7 +29,8 @@ from harness.measure.prediction import (
     ratios,
     recorded_ranks,
 )
-from harness.measure.replay import PREDICTORS, Schedule, Setting, artifacts_by_kind, predictor_of
+from harness.measure.replay import PREDICTORS, Setting, artifacts_by_kind, predictor_of
+from harness.measure.schedule import Schedule
 from harness.report.predictors import predictors_text
 from runtime.errors import UsageError, cli_main
 from runtime.files import check_writable, write_named

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.hardware.bandwidth import Curve, engine_bandwidth, measure_curve
-from harness.hardware.compute import TOKENS, ExpertTime, expert_seconds, measure_experts
+from harness.hardware.compute import TOKENS, ExpertTime, measure_experts
 from harness.hardware.copies import Copies, copy_lines, measure_copies
 from harness.hardware.host import HostMemory, host_memory, near
 from harness.hardware.nvml import find_gpu, gpu_state, read_gpus
@@ -50,10 +50,6 @@ class Probe:
     compute: tuple[ExpertTime, ...]
     copies: Copies | None
     verdicts: tuple[Judgement, ...]
-
-    def expert_s(self, kernel: str, threads: int, num_tokens: int) -> float:
-        """Seconds that one expert takes for `num_tokens` tokens, interpolated; UsageError for an unknown kernel."""
-        return expert_seconds(self.compute, kernel, threads, num_tokens)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -15,14 +15,12 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import UsageError, cli_main
-from runtime.files import check_writable
 
 if TYPE_CHECKING:
     from harness.measure.regret_file import Results
@@ -59,12 +57,12 @@ def _run(options: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything of this or a further process computes
 
     from harness.measure.regret_file import Results
+    from harness.measure.resumable import result_path
     from runtime import machine
 
     variants = _checked(options)
     problem = _problem(options)
-    out = options.out or Path("results/regret") / f"{datetime.now(UTC):%Y-%m-%d-%H%M%S}.json"
-    results = Results.open(out, _about(problem, options.trials))
+    results = Results.open(result_path(options.out, "regret"), _about(problem, options.trials))
     print(f"grid       {problem.space.size()} configurations of {', '.join(knob.name for knob in problem.space.knobs)}")
     tasks = list(_missing(results, problem, options, variants))
     _work_off(tasks, results, options.jobs or machine.cpu_count())
@@ -81,7 +79,6 @@ def _checked(options: argparse.Namespace) -> list[Variant]:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UsageError(f"--{name} {value}: at least {least} is needed")
-    check_writable("--out", options.out)
     samplers = [name.strip() for name in options.samplers.split(",")]
     if unknown := [name for name in samplers if name not in SAMPLERS or name == "brute"]:
         known = ", ".join(name for name in SAMPLERS if name != "brute")

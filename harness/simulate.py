@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from harness.fitting.base import FitOptions
 from harness.fitting.heldout import held_out
-from harness.measure.replay import PREDICTORS, ReplayResult, Schedule, Setting, Timing, artifacts_by_kind, replay
+from harness.measure.replay import PREDICTORS, ReplayResult, Setting, Timing, artifacts_by_kind, replay
+from harness.measure.schedule import Schedule
 from runtime.cache.policies import ORACLE, POLICIES
 from runtime.errors import UsageError, cli_main
 from runtime.files import check_writable, write_named

@@ -13,7 +13,8 @@ import re
 import shlex
 import shutil
 import sys
-from functools import partial
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +22,22 @@ from runtime.errors import DeviceError, ExpertFlowError, UsageError, cli_main
 
 if TYPE_CHECKING:
     from harness.report.progress import Progress
+    from harness.search.confirm import Confirmation
     from harness.search.guide import Guide
     from harness.search.interrupt import StopRequest
     from harness.search.loop import Choice
     from harness.search.measurer import Measurer
     from harness.search.setup import Setup
+    from harness.search.space import Params
     from harness.search.study import Study
 
 PROMPT = "Once upon a time"
 OBJECTIVES = ("latency", "memory", "balanced")
 SAMPLERS = ("tpe", "gp", "nsga2", "random", "brute")
+_FIGURES = (
+    "figures    latency as a client sees it: ms per output token, waiting included, median over requests (p50);\n"
+    "           peak memory of the whole process"
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,18 +81,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, given: list[str]) -> None:
     # Imported late: --help answers at once, and the trials' processes, which import this module, stay small.
+    from harness.probe import default_model
     from harness.search.setup import Settings, prepare
     from harness.search.storage import redacted
 
+    wanted, folder = _wanted(options), _folder(options)
     _choose_device(options)
     settings = Settings(
-        model=options.model or _default_model(),
+        model=options.model or default_model(),
         label=_label(options.model),
         command=redacted(shlex.join([_python(), "-m", "harness.tune", *given])),
-        folder=_folder(options),
+        folder=folder,
         profile=options.profile_out or Path("profiles") / f"{_label(options.model)}-cpu.yaml",
         storage=options.storage,
-        **_wanted(options),
+        **wanted,
     )
     setup = prepare(settings)
     if options.dry_run:
@@ -102,33 +111,30 @@ def tune(setup: Setup, *, use_simulator: bool = True) -> None:
         KeyboardInterrupt, GpuLostError: after what was measured has been written.
     """
     from harness.report.messages import failures_text, infeasible_text
-    from harness.report.progress import Progress
     from harness.report.results import summary, write_profile, write_run
     from harness.report.run_folder import collect
     from harness.search.interrupt import StopRequest
     from harness.search.loop import GpuLostError, NothingRunsError
+    from harness.search.setup import TuneError
 
     setup, study = setup.begin()
     settings, measurer = setup.settings, setup.measurer()
     measurer.remember(study.records())
-    print(f"\n{setup.outlook()}", flush=True)
-    progress = Progress(settings.budget_s, settings.num_trials, study.space.default)
+    print(f"\n{setup.outlook()}\n{_FIGURES}", flush=True)
+    watched = closing(_progress(setup, study))
     try:
-        with StopRequest().listening(lambda text: print(text, file=sys.stderr)) as stop:
+        with watched as progress, StopRequest().listening(lambda text: print(text, file=sys.stderr)) as stop:
             guide = _guide(setup, measurer, progress) if use_simulator else None
             stop_reason, choice = _searched(setup, study, measurer, guide, progress, stop)
     except NothingRunsError:
-        progress.close()
         results = collect(setup, study, None, "nothing can be used")
         write_run(results)
         print(json.dumps(summary(results, None)))
         why = infeasible_text(study.tried(), study.limits) if study.tried() else failures_text(study.records())
-        raise _nothing(f"no configuration runs within the limits: {why}; see {settings.folder}") from None
-    except (KeyboardInterrupt, GpuLostError):
-        progress.close()
-        _keep(setup, study)
+        raise TuneError(f"no configuration runs within the limits: {why}; see {settings.folder}") from None
+    except (KeyboardInterrupt, GpuLostError) as error:
+        _keep(setup, study, str(error) or "interrupted")
         raise
-    progress.close()
     results = collect(setup, study, choice, stop_reason)
     write_profile(results, settings.profile)
     write_run(results)
@@ -136,7 +142,16 @@ def tune(setup: Setup, *, use_simulator: bool = True) -> None:
     print(f"profile    {settings.profile}\nrun        {settings.folder} (report.html, trials.csv, pareto.csv)")
     print(f"next       {_python()} -m runtime.generate --profile {_quoted(settings.profile)} --prompt '{PROMPT}'")
     print(f"others     {_python()} -m harness.pick --run {_quoted(settings.folder)} --list")
+    print(f"check      {_python()} -m harness.check --profile {_quoted(settings.profile)}")
     print(json.dumps(summary(results, settings.profile)))
+
+
+def _progress(setup: Setup, study: Study) -> Progress:
+    from harness.report.progress import Progress
+
+    settings, default = setup.settings, study.space.default
+    known_ms = next((one.latency_ms_p50 for one in study.tried() if one.params == default), None)
+    return Progress(settings.budget_s, settings.num_trials, default, known_ms)
 
 
 def _guide(setup: Setup, measurer: Measurer, progress: Progress) -> Guide | None:
@@ -173,25 +188,29 @@ def _searched(
         progress.confirmation(name, outcome)
         stop.raise_if_set()
 
+    def confirms(finalists: Sequence[Params], default: Params) -> Confirmation:
+        progress.finalists(finalists)
+        return setup.confirm(on_run, finalists, default)
+
     measurer.remember(study.records())
     choice = choose(
         study,
-        measurer,
-        measurer.verify,
-        partial(setup.confirm, on_run),
+        stop.heeded(measurer),
+        stop.heeded(measurer.verify),
+        stop.heeded(confirms),
         objective=settings.objective,
         num_finalists=setup.num_finalists,
     )
     return stop_reason, choice
 
 
-def _keep(setup: Setup, study: Study) -> None:
+def _keep(setup: Setup, study: Study, stop_reason: str) -> None:
     """Before the end: write what there is and say how to go on."""
     from harness.report.results import write_profile, write_run
     from harness.report.run_folder import collect, resume_command
 
     folder = setup.settings.folder
-    results = collect(setup, study, None, "interrupted")
+    results = collect(setup, study, None, stop_reason)
     write_run(results)
     kept = f"{len(study.records())} trials are kept in {folder}"
     if results.run.chosen is not None:
@@ -218,30 +237,18 @@ def _plan(setup: Setup) -> str:
     )
 
 
-def _nothing(message: str) -> ExpertFlowError:
-    from harness.search.setup import TuneError
-
-    return TuneError(message)
-
-
 def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     from harness.search.objective import Objective
     from harness.search.outcome import Limits
     from harness.search.plan import parse_duration
-    from runtime.machine import parse_bytes
     from runtime.profile import parse_overrides
 
     for name, least in (("trials", 1), ("concurrency", 1), ("context", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise UsageError(f"--{name} {value}: at least {least} is needed")
-    for name in ("slo_tpot", "slo_ttft"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: milliseconds above 0 are needed")
-    max_memory_bytes = None if options.max_memory is None else parse_bytes(options.max_memory)
     return {
-        "limits": Limits(max_memory_bytes, options.slo_tpot, options.slo_ttft),
+        "limits": Limits.parse(options.max_memory, options.slo_tpot, options.slo_ttft),
         "objective": Objective(options.objective),
         "budget_s": parse_duration(options.time_budget),
         "num_trials": options.trials,
@@ -267,12 +274,6 @@ def _choose_device(options: argparse.Namespace) -> None:
     if options.device is None:
         found = f"{nvml.num_gpus} GPUs, which cannot be tuned for yet" if nvml.num_gpus.value else "no GPU"
         print(f"tuning for the CPU (NVML: {nvml.num_gpus if nvml.num_gpus.value is None else found})")
-
-
-def _default_model() -> str:
-    from harness.probe import default_model
-
-    return default_model()
 
 
 def _label(model: str | None) -> str:

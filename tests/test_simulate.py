@@ -22,12 +22,12 @@ import runtime
 from harness.fitting.base import FitOptions, split
 from harness.measure.replay import (
     RecordedLookahead,
-    Schedule,
     Setting,
     Timing,
     _replay_with_predictor,
     replay,
 )
+from harness.measure.schedule import Schedule
 from harness.simulate import ALL_POLICIES, main
 from runtime.cache.policies import POLICIES
 from runtime.predictors.params import default_period

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -89,10 +89,6 @@ class Curve:
             return min(series.points, key=lambda point: abs(point.num_bytes - self.expert_bytes)).bytes_per_s
 
         return max(at_expert(one) for one in idle if one.threads == nearest)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def measure_curve(

@@ -10,16 +10,13 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from runtime import machine
-from runtime.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _ARENA_BYTES = 256 << 20
 _MAX_SAMPLES = 10  # of one point in one round
-_MAX_FALL = 2.0
 _ROUNDS = 6  # so that a moment in which something else runs does not fall on one point alone
 
 
@@ -79,24 +75,6 @@ def measure_experts(
     return tuple(ExpertTime(*point, seconds) for point, seconds in sorted(found.items()))
 
 
-def expert_seconds(times: Iterable[ExpertTime], kernel: str, threads: int, num_tokens: int) -> float:
-    """Seconds of one expert, between what was measured; beyond, along the line through the last two points.
-
-    Raises:
-        UsageError: the kernel was not measured.
-    """
-    curves: dict[int, list[tuple[int, float]]] = {}
-    known = set()
-    for one in times:
-        known.add(one.kernel)
-        if one.kernel == kernel:
-            curves.setdefault(one.threads, []).append((one.num_tokens, one.seconds))
-    if not curves:
-        raise UsageError(f"no time was measured for the kernel {kernel!r}; there are: {', '.join(sorted(known))}")
-    counts = sorted(curves)
-    return float(np.interp(threads, counts, [_at(sorted(curves[count]), num_tokens) for count in counts]))
-
-
 @contextmanager
 def computing() -> Iterator[None]:
     """Another thread multiplies matrices meanwhile, as an engine does that loads experts."""
@@ -115,24 +93,6 @@ def computing() -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-
-
-def _at(curve: Sequence[tuple[int, float]], num_tokens: int) -> float:
-    tokens, seconds = [num for num, _ in curve], _plausible([s for _, s in curve])
-    if num_tokens <= tokens[-1] or len(curve) == 1:
-        return float(np.interp(num_tokens, tokens, seconds)) * max(1.0, num_tokens / tokens[-1])
-    slope = max(0.0, (seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2]))
-    return float(seconds[-1] + slope * (num_tokens - tokens[-1]))
-
-
-def _plausible(seconds: Sequence[float]) -> list[float]:
-    """Times for ascending tokens without those that another process disturbed: threads that wait for one which does not
-    run cost a hundredfold. Fewer tokens may take longer, where torch has another kernel for one, but not twice as long.
-    """
-    kept = list[float]()
-    for one in reversed(seconds):
-        kept.append(one if not kept or one <= _MAX_FALL * min(kept) else min(kept))
-    return kept[::-1]
 
 
 def _thread_counts(num_cores: int) -> list[int]:

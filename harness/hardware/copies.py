@@ -9,8 +9,8 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -119,10 +119,6 @@ class Copies:
         ]
         return max((point.bytes_per_s for one in wanted for point in one.points), default=None)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
     def judge(self, gpu: GpuReadings) -> Judgement:
         """The verdict on the link of `gpu`."""
         state = self.while_copying
@@ -192,13 +188,13 @@ class _Runner:
     def allocate(self, memory: HostBuffer, largest_bytes: int) -> tuple[int, str]:
         """Bytes of the largest buffers that can be had, at least an expert's, else 0; and what was refused."""
         wanted, problem = max(largest_bytes, self.expert_bytes), ""
-        while wanted >= self.expert_bytes:
+        while wanted:
             try:
                 self.device.allocate(memory, wanted)
                 break
             except CopyError as error:
                 problem = f"{format_bytes(wanted)} refused: {error}"
-                wanted //= 2
+                wanted = max(wanted // 2, self.expert_bytes) if wanted > self.expert_bytes else 0
         else:
             return 0, problem
         try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from runtime.facts import ModelFacts
 
 
-_PROGRAM_BYTES = 16 << 20
+_PROGRAM_BYTES = 8 << 20
 """What a program that serves has imported beyond the engine; without it a profile would be clamped on loading."""
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -133,7 +133,3 @@ class NvmlReadings:
     driver: Reading[str]
     cuda: Reading[str] = Reading(None, Status.NOT_SUPPORTED)
     gpus: tuple[GpuReadings, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)

@@ -20,17 +20,18 @@ Run = Callable[[Params], Outcome]
 
 @dataclass(frozen=True)
 class Pair:
-    """A configuration and the default, measured one right after the other."""
+    """A configuration between two runs of the default (ABBA, twice measured each), so that drift hits both alike."""
 
     number: int
-    configuration: Outcome
-    default: Outcome
+    configuration: tuple[Outcome, ...]
+    default: tuple[Outcome, ...]
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Pair:
         """From `as_dict`. Raises KeyError, TypeError or ValueError for something else."""
         outcomes = {
-            name: Outcome(**{**found[name], "kind": Kind(found[name]["kind"])}) for name in ("configuration", "default")
+            name: tuple(Outcome(**{**one, "kind": Kind(one["kind"])}) for one in found[name])
+            for name in ("configuration", "default")
         }
         return cls(int(found["number"]), **outcomes)
 
@@ -40,8 +41,13 @@ class Pair:
 
     @property
     def is_ok(self) -> bool:
-        """Both were measured."""
-        return self.configuration.kind is Kind.OK and self.default.kind is Kind.OK
+        """All runs went well."""
+        return all(one.kind is Kind.OK for one in (*self.configuration, *self.default))
+
+    def runs(self, params: Params, default: Params) -> tuple[Tried, Tried]:
+        """Those of the configuration and of the default."""
+        mine, other = (tuple(one.measurement for one in of) for of in (self.configuration, self.default))
+        return Tried(params, mine), Tried(default, other)
 
 
 def measure_pairs(
@@ -51,14 +57,12 @@ def measure_pairs(
     done: Sequence[Pair],
     on_pair: Callable[[Pair], None],
 ) -> None:
-    """Measure those that are not `done`; the default goes first in every other pair (ABBA): drift hits both alike."""
+    """Measure those that are not `done`: the default, the configuration twice, the default."""
     known = {pair.number for pair in done}
     for number, params in enumerate(configurations):
         if number not in known:
-            order = [default, params] if number % 2 == 0 else [params, default]
-            outcomes = [run(one) for one in order]
-            first, second = outcomes if number % 2 == 0 else outcomes[::-1]
-            on_pair(Pair(number, configuration=second, default=first))
+            first, *own, last = [run(one) for one in (default, params, params, default)]
+            on_pair(Pair(number, tuple(own), (first, last)))
 
 
 def watched(run: Run) -> Run:
@@ -85,8 +89,11 @@ def calibrated(
     observations = []
     for pair in pairs:
         if pair.number < num_calibration and pair.is_ok:
-            observations.append((overrides(default), pair.default.measurement))
-            observations.append((overrides(configurations[pair.number]), pair.configuration.measurement))
+            observations += [
+                (overrides(one.params), run)
+                for one in pair.runs(configurations[pair.number], default)
+                for run in one.runs
+            ]
     return simulator.calibrated(observations)
 
 
@@ -106,9 +113,9 @@ def foretold(
         if not pair.is_ok:
             continue
         params = configurations[pair.number]
-        mine, other = pair.configuration.measurement, pair.default.measurement
+        mine, other = pair.runs(params, default)
         simulated = simulator.run(overrides(params))
-        error = guard.error_of(Tried(params, (mine,)))
+        error = guard.error_of(mine)
         rows.append(
             {
                 "number": pair.number,
@@ -121,7 +128,7 @@ def foretold(
                 "default_latency_ms": other.latency_ms_p50,
                 "simulated_latency_ms": simulated.latency_ms_p50,
                 "simulated_default_latency_ms": baseline.latency_ms_p50,
-                "bytes_per_s": bytes_per_s(mine),
+                "bytes_per_s": bytes_per_s(mine.runs[0]),
                 "peak_bytes": mine.peak_memory_bytes,
                 "predicted_peak_bytes": round(mine.peak_memory_bytes / (1 + error)),
                 "params": json.dumps(dict(params)),

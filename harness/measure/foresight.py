@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from harness.measure.replay import Integers, Schedule
+from harness.measure.schedule import Integers, Schedule
 from runtime.predictors.base import BEFORE_FIRST_LAYER, Observation, Predictor
 from runtime.vocabulary import Phase
 
@@ -20,9 +20,6 @@ class Foresight:
         predictor: new; not one that ranks by likelihood over layers (`Predictor.by_likelihood`).
         every: decode passes for which a forecast is reused.
         depth: layers ahead that are asked about at most.
-
-    Attributes:
-        is_observed: [passes], whether the predictor was shown the layers of the pass.
     """
 
     def __init__(self, schedule: Schedule, predictor: Predictor, every: int, depth: int) -> None:
@@ -33,17 +30,16 @@ class Foresight:
         # Experts by descending forecast, and how many of them are forecast at all.
         self._ranks = np.zeros((num_asks, depth, trace.num_experts), np.uint16)
         self._num_known = np.zeros((num_asks, depth), np.int64)
-        self.is_observed = np.zeros(len(schedule.passes), np.bool_)
         self._fill(schedule, predictor, every)
 
     def _fill(self, schedule: Schedule, predictor: Predictor, every: int) -> None:
         trace, ask = schedule.trace, 0
         for step, rows in enumerate(schedule.passes):
             passing = schedule.passing(step)
-            self.is_observed[step] = passing.phase is Phase.PREFILL or passing.step % every == 0
+            is_observed = passing.phase is Phase.PREFILL or passing.step % every == 0
             predictor.begin(passing)
             for layer in range(BEFORE_FIRST_LAYER, trace.num_layers):
-                if layer != BEFORE_FIRST_LAYER and self.is_observed[step]:
+                if layer != BEFORE_FIRST_LAYER and is_observed:
                     predictor.observe(layer, Observation(passing, trace.experts[rows, layer].astype(np.int64)))
                 self._keep(ask, layer, predictor.forecast(layer))
                 ask += 1

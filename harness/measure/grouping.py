@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from harness.measure.replay import Integers, Schedule
+from harness.measure.schedule import Integers, Schedule, route_of
 from runtime.errors import UsageError
 from runtime.schedulers.base import Request, Route, Scheduler
 from runtime.schedulers.recent_routes import RecentRoutes
@@ -130,6 +129,4 @@ class _Loop:
         text.place += 1
 
     def _route(self, text: _Text, place: int) -> Route:
-        route: npt.NDArray[np.bool_] = np.zeros((self._trace.num_layers, self._trace.num_experts), np.bool_)
-        np.put_along_axis(route, self._trace.experts[text.rows[place]].astype(np.int64), True, axis=1)
-        return route
+        return route_of(self._trace, int(text.rows[place]))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from harness.measure.replay import Schedule
+from harness.measure.schedule import Schedule
 from runtime.errors import UsageError
 from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
 from runtime.trace import NO_PREDICTION, RoutingTrace

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ParamSpec, TypeVar
@@ -13,7 +14,7 @@ from harness.measure.workload import TokenRequest
 from harness.search.confirm import NUM_PAIRS, Confirmation, confirm, screening_rounds
 from harness.search.guide import Guide
 from harness.search.hidden import HiddenMachine
-from harness.search.loop import Choice, NothingRunsError, choose, search
+from harness.search.loop import NUM_REMEASURED, REPEATS, Choice, NothingRunsError, choose, search
 from harness.search.memory_guard import MemoryGuard
 from harness.search.objective import Objective
 from harness.search.outcome import Kind, Limits, Outcome, Tried
@@ -40,7 +41,7 @@ class Variant:
 class Stopwatch:
     """Processor time that some calls take."""
 
-    spent_s: float = field(default=0.0)
+    spent_s: float = 0.0
 
     def timed(self, call: Callable[P, T]) -> Callable[P, T]:
         """The same, its time added up."""
@@ -93,7 +94,8 @@ def search_once(problem: Problem, seed: int, variant: Variant, num_trials: int) 
     """Search and choose as the tuner does, on the machine of `seed`.
 
     Args:
-        num_trials: launched at most; the last is the default's, run again before the choice.
+        num_trials: launched at most. Kept of them for the choice are the default's last one and, where the default
+            does not run, those of the best that are then measured again.
     """
     guard, limits = problem.guard(), Limits(max_memory_bytes=problem.limit_bytes)
     machine = problem.hidden(seed, guard)
@@ -106,17 +108,10 @@ def search_once(problem: Problem, seed: int, variant: Variant, num_trials: int) 
 
     def run() -> Study:
         study = Study(Path(folder), problem.space, {"seed": seed}, limits=limits, seed=seed, sampler=variant.sampler)
-        objective = Objective.LATENCY
-        search(
-            study,
-            measure,
-            guide,
-            _Silent(),
-            guard=guard,
-            objective=objective,
-            budget_s=float("inf"),
-            num_trials=num_trials - 1,
-        )
+        to_search = partial(search, study, measure, guide, _Silent(), guard=guard, objective=Objective.LATENCY)
+        to_search(budget_s=float("inf"), num_trials=1)  # the default
+        num_kept = 1 if study.tried() else 1 + NUM_REMEASURED * REPEATS
+        to_search(budget_s=float("inf"), num_trials=num_trials - num_kept)
         return study
 
     with TemporaryDirectory() as folder:

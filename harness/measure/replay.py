@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from harness.measure.schedule import Schedule
 from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
 from runtime.cache.policies import ORACLE
-from runtime.cache.residency import Count, Residency, next_demands
-from runtime.cache.timeline import FloatArray, Steps, Times, new_link
+from runtime.cache.residency import Count, Residency
+from runtime.cache.timeline import FloatArray, Times, new_link
 from runtime.errors import UsageError
 from runtime.predictors.artifact import RoutingShape, read_artifact
 from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
@@ -26,9 +24,6 @@ from runtime.telemetry import CacheStats, engine_stats
 from runtime.trace import NO_PREDICTION, RoutingTrace
 from runtime.transfer.base import TransferStats
 from runtime.transfer.simulated import SimulatedTransfer
-from runtime.vocabulary import Pass, Phase
-
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Timing:
         """The same for every pass and expert of `schedule`."""
         num_passes, none = len(schedule.passes), np.zeros(len(schedule.passes))
         expert_s = np.full(schedule.demands.experts.size, self.expert_s)
-        return Times(self.load_s, 0.0, none, np.full(num_passes, self.layer_s), none, expert_s)
+        return Times(self.load_s, 0.0, 0.0, none, np.full(num_passes, self.layer_s), none, expert_s)
 
 
 @dataclass(frozen=True)
@@ -100,93 +95,6 @@ class ReplayResult:
             "tokens": cache.num_tokens,
             "tokens_per_s": cache.num_tokens / self.elapsed_s if self.elapsed_s else None,
         }
-
-
-class Demands(NamedTuple):
-    """What the layer steps of a schedule demand, one after the other: step `i` from `starts[i]` to `starts[i + 1]`."""
-
-    starts: Integers
-    experts: Integers  # ids, ascending within a step
-    tokens: Integers  # how many tokens chose each
-
-
-class Schedule:
-    """The passes in which the tokens of a trace run.
-
-    Args:
-        batch: None for the passes of the recorded run (`trace.step`; each token its own where it is absent); else that
-            many requests are decoded together, one token of each per pass, the next request following when one ends.
-        max_tokens: stop after about that many.
-    Attributes:
-        passes: the rows of the trace in each pass.
-    """
-
-    def __init__(self, trace: RoutingTrace, *, batch: int | None = None, max_tokens: int | None = None) -> None:
-        self.trace = trace
-        self._decodes = batch is not None
-        self.passes: list[Integers] = []
-        self.num_tokens = 0
-        for rows in _recorded_passes(trace) if batch is None else _batched_passes(trace, batch):
-            if max_tokens is not None and self.num_tokens >= max_tokens:
-                break
-            self.passes.append(rows)
-            self.num_tokens += len(rows)
-
-    def passing(self, step: int) -> Pass:
-        """Pass `step`, as predictors see it. Batches are decoded, however their tokens were recorded."""
-        trace, rows = self.trace, self.passes[step]
-        is_decode = self._decodes or trace.phase is None or bool(trace.phase[rows[0]])
-        ids = () if trace.token_ids is None else tuple(trace.token_ids[rows].tolist())
-        requests = tuple(trace.request[rows].tolist())
-        tasks = tuple(trace.task(request) for request in requests)
-        return Pass(Phase.DECODE if is_decode else Phase.PREFILL, len(rows), step, ids, requests, tasks)
-
-    @cached_property
-    def demands(self) -> Demands:
-        """What every layer step demands."""
-        trace = self.trace
-        offsets = np.arange(trace.num_layers)[:, None] * trace.num_experts
-        if all(len(rows) == 1 for rows in self.passes):
-            chosen = trace.experts[np.concatenate(self.passes)].astype(np.int64)
-            experts = (np.sort(chosen, axis=2) + offsets).reshape(-1)
-            return Demands(np.arange(0, experts.size + 1, trace.top_k), experts, np.ones_like(experts))
-        parts = [
-            np.unique(trace.experts[rows, layer].astype(np.int64) + offsets[layer], return_counts=True)
-            for rows in self.passes
-            for layer in range(trace.num_layers)
-        ]
-        starts = np.cumsum([0, *(experts.size for experts, _ in parts)])
-        return Demands(starts, np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
-
-    def steps(self, part: slice, *, is_oracle: bool = False) -> Steps:
-        """The layer steps of some passes, on demand only. Indices into the demands are those of the whole schedule."""
-        starts, experts, tokens = self.demands
-        first, end, _ = part.indices(len(self.passes))
-        num_layers = self.trace.num_layers
-        num_tokens = np.array([len(rows) for rows in self.passes[part]], np.int64)
-        future = self.future if is_oracle else np.zeros(0, np.int64)
-        return Steps(starts[first * num_layers : end * num_layers + 1], experts, tokens, num_tokens, future)
-
-    @cached_property
-    def future(self) -> Integers:
-        """In which layer step each demanded expert is demanded next."""
-        return next_demands(self.demands.starts, self.demands.experts)
-
-
-def _recorded_passes(trace: RoutingTrace) -> list[Integers]:
-    steps = trace.step if trace.step is not None else np.arange(trace.num_tokens)
-    return np.split(np.arange(trace.num_tokens), np.flatnonzero(np.diff(steps)) + 1)
-
-
-def _batched_passes(trace: RoutingTrace, batch: int) -> Iterator[Integers]:
-    order = np.argsort(trace.request, kind="stable")
-    waiting = deque(np.split(order, np.flatnonzero(np.diff(trace.request[order])) + 1))
-    running: list[deque[int]] = []
-    while waiting or running:
-        while waiting and len(running) < batch:
-            running.append(deque(waiting.popleft().tolist()))
-        yield np.array([request.popleft() for request in running])
-        running = [request for request in running if request]
 
 
 class RecordedLookahead(Predictor):
@@ -300,7 +208,7 @@ def _replay_on_demand(
     for first in range(0, len(schedule.passes), _PASSES_AT_ONCE):
         part = slice(first, first + _PASSES_AT_ONCE)
         steps = schedule.steps(part, is_oracle=setting.policy == ORACLE)
-        now_s, stall_s, _, _ = residency.replay(steps, per_pass(times, part), link)[-1].tolist()
+        now_s, stall_s = residency.replay(steps, per_pass(times, part), link)[-1, :2].tolist()
         on_pass(int(steps.num_tokens.sum()))
     num_loads = residency.counts()[Count.MISSES]
     moved = TransferStats(num_loads, num_loads * _expert_bytes(schedule.trace), stall_s=stall_s)
@@ -360,7 +268,7 @@ def walk(
             event += 1
         transfer.advance(times.pass_s[step])
         moved = transfer.stats()
-        ended.append((transfer.now_s, moved.stall_s, moved.busy_s, moved.num_loads))
+        ended.append((transfer.now_s, moved.stall_s, moved.busy_s, moved.num_loads, transfer.num_cold))
         on_pass(len(rows))
     return np.array(ended, np.float64)
 

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime.errors import UsageError
+from runtime.files import check_writable
 
 T = TypeVar("T")
+
+
+def result_path(out: Path | None, kind: str) -> Path:
+    """`--out`, or a new file for results of a kind.
+
+    Raises:
+        UsageError: it cannot be written, or is no JSON file: tables and plots have its name with other endings.
+    """
+    check_writable("--out", out)
+    if out is not None and out.suffix != ".json":
+        raise UsageError(f"--out {out}: name a .json file; tables and plots are written beside it")
+    return out or Path("results") / kind / f"{datetime.now(UTC):%Y-%m-%d-%H%M%S}.json"
 
 
 def reopened(path: Path, command: str, about: Mapping[str, Any], read: Callable[[dict[str, Any]], T]) -> T | None:

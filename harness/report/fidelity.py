@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy.stats import kendalltau
 
-from harness.report.plots import png
+from harness.report.plots import log_axis, png
 from runtime.machine import format_bytes
 
 LEAST_TAU = 0.8
@@ -134,13 +133,12 @@ def scatter_png(table: pd.DataFrame) -> bytes:
             _scatter(axes, table, table["peak_bytes"] / 1e6, table["predicted_peak_bytes"] / 1e6)
             axes.set(xlabel="measured peak memory (MB)", ylabel="predicted (MB)")
         else:
-            _scatter(axes, table, *ratios(table, metric))
+            measured, simulated = ratios(table, metric)
+            _scatter(axes, table, measured, simulated)
             name = "TPOT" if metric == "tpot" else "latency"
-            axes.set(xlabel=f"measured {name} over the default's", ylabel="simulated", xscale="log", yscale="log")
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-                axis.set_minor_formatter(NullFormatter())
+            axes.set(xlabel=f"measured {name} over the default's", ylabel="simulated")
+            for axis, values in ((axes.xaxis, measured), (axes.yaxis, simulated)):
+                log_axis(axis, values.dropna().tolist())
     return png(figure)
 
 

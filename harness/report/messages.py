@@ -13,9 +13,11 @@ from harness.search.space import Knob, Space, Value
 _MOST_CHOICES = 8
 
 
-def configuration_text(params: Mapping[str, Value]) -> str:
-    """Knobs and their values: "slots 40, group 8"."""
-    return ", ".join(f"{name} {value}" for name, value in params.items()) or "the only one"
+def configuration_text(params: Mapping[str, Value], default: Mapping[str, Value] | None = None) -> str:
+    """Knobs and their values: "slots 40, group 8"; beside a `default`, those in which it differs."""
+    known = {} if default is None else default
+    shown = ", ".join(f"{name} {value}" for name, value in params.items() if known.get(name) != value)
+    return shown or ("the only one" if default is None else "the default")
 
 
 def duration_text(seconds: float) -> str:
@@ -26,9 +28,9 @@ def duration_text(seconds: float) -> str:
 
 
 def outcome_text(outcome: Outcome) -> str:
-    """Latency and peak memory, or in words how it ended and why."""
+    """Latency and peak memory, or in words how it ended."""
     if outcome.kind is not Kind.OK:
-        return f"{_words(outcome.kind)}: {outcome.message}"
+        return _words(outcome.kind)
     measured = outcome.measurement
     return f"{measured.latency_ms_p50:7.1f} ms  {measured.peak_memory_bytes / 1e6:6.0f} MB"
 
@@ -73,9 +75,22 @@ def failures_text(records: Sequence[Record]) -> str:
     return f"{outcomes_text(count_outcomes(records))}; the last one: {failed[-1].message or _words(failed[-1].kind)}"
 
 
+def asked_text(run: RunFile) -> str:
+    """What was tuned, and for what."""
+    identity, text = run.match.model, run.workload
+    model = "" if identity is None else f" ({identity.architecture}, {run.num_experts} experts)"
+    limits = limits_text(run.limits) or "none beyond the memory that was free"
+    return (
+        f"model      {run.provenance.model}{model}\n"
+        f"wanted     {run.objective}; limits: {limits}\n"
+        f"workload   {text.name}, {text.concurrency} requests outstanding"
+    )
+
+
 def verdict_text(run: RunFile) -> str:
-    """What was chosen and how sure that is, in three lines at most."""
-    lines = [f"chosen     {run.reason}"]
+    """What was chosen and how sure that is, in four lines at most."""
+    what = "" if run.chosen is None else f"{configuration_text(run.chosen, run.default)}: "
+    lines = [f"chosen     {what}{run.reason}"]
     if (confirmed := run.confirmed) is not None:
         ratio, name = confirmed.ratio, "latency" if confirmed.params == run.chosen else "the finalist's latency"
         sure = f"{ratio.confidence:.1%} interval, {confirmed.pairs} interleaved pairs"
@@ -83,6 +98,7 @@ def verdict_text(run: RunFile) -> str:
         lines.append(f"ratio      {name} {interval} of the default's ({sure})")
     if run.drift is not None:
         lines.append(f"drift      the default at the end took {run.drift:.2f} of its time at the start")
+    lines.append(f"ended      {run.stop_reason}")
     return "\n".join(lines)
 
 

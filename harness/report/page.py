@@ -15,7 +15,8 @@ from harness.report.plots import svg
 CAPTIONS = {
     "pareto": "Latency against peak memory. The front holds the configurations that no other beats in both.",
     "history": "Every trial in order. Those along the upper edge ended without a measurement.",
-    "importance": "How much each knob explains, by PED-ANOVA over the trials.",
+    "importance": "How much each knob tells of whether a configuration is among the best, by PED-ANOVA over the trials "
+    "that were measured; of a few dozen no more than a hint.",
     "simulated": "Latency that the simulator foretold before each configuration ran, against what was then measured.",
 }
 
@@ -61,9 +62,9 @@ def page(
 <body>
 <h1>{escape(title)}</h1>
 <pre>{escape(verdict)}</pre>
-<h2>Again</h2>
+<h2>Command</h2>
 <pre>{escape(command)}</pre>
-<h2>Pareto front</h2>
+<h2>Pareto front of the search, and the default</h2>
 {_table(front)}
 <h2>Figures</h2>
 {drawn}
@@ -80,5 +81,10 @@ def _table(table: pd.DataFrame) -> str:
     if table.empty:
         return "<p>none</p>"
     told = table.dropna(axis="columns", how="all")
-    html = told.to_html(index=False, border=False, na_rep="", float_format="{:.4g}".format, justify="right")
+    html = told.to_html(index=False, border=False, na_rep="", float_format=_number, justify="right")
     return f'<div class="wide">\n{html}\n</div>'
+
+
+def _number(value: float) -> str:
+    """Four digits; bytes, which are floats where some are missing, in full."""
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

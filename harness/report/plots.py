@@ -35,7 +35,7 @@ _FAILED = {
 
 def pareto(tried: Sequence[Tried], limits: Limits, default: Tried | None, chosen: Tried | None) -> Figure:
     """Latency against peak memory: what was tried, what exceeds a limit, the front, the default, the chosen one."""
-    figure, axes = _one()
+    figure, axes = _one(9)
     within = feasible(tried, limits)
     outside = [one for one in tried if not limits.allow(one)]
     axes.scatter(*_points(within), s=18, color=_GREY, label="tried")
@@ -56,8 +56,8 @@ def pareto(tried: Sequence[Tried], limits: Limits, default: Tried | None, chosen
         label = f"memory limit, {limits.max_memory_bytes / 1e6:.0f} MB"
         axes.axhline(limits.max_memory_bytes / 1e6, linestyle="--", color=_RED, label=label)
     axes.set(xlabel=_LATENCY, ylabel="peak memory (MB)")
-    _log(axes.xaxis, [one.latency_ms_p50 for one in tried])
-    axes.legend()
+    log_axis(axes.xaxis, [one.latency_ms_p50 for one in tried])
+    figure.legend(loc="outside right upper")
     return figure
 
 
@@ -79,15 +79,15 @@ def simulated(agreement: Agreement) -> Figure:
     axes.plot(ends, ends, linestyle="--", color=_GREY, label="equal")
     axes.scatter(measured, expected, s=24, color=_BLUE, label="a configuration")
     axes.set(xlabel=f"measured {_LATENCY}", ylabel="simulated latency (ms)", title=str(agreement))
-    _log(axes.xaxis, ends)
-    _log(axes.yaxis, ends)
+    log_axis(axes.xaxis, ends)
+    log_axis(axes.yaxis, ends)
     axes.legend()
     return figure
 
 
 def history(records: Sequence[Record], limits: Limits) -> Figure:
     """Every trial in order by how it ended, and the lowest latency within the limits so far."""
-    figure, axes = _one()
+    figure, axes = _one(9)
     run = [record for record in records if not record.reused]
     measured = [
         (one.number, Tried(one.params, (one.outcome.measurement,))) for one in run if one.outcome.kind is Kind.OK
@@ -106,8 +106,7 @@ def history(records: Sequence[Record], limits: Limits) -> Figure:
     _failures(axes, run)
     axes.set(xlabel="trial", ylabel=_LATENCY)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _log(axes.yaxis, [one.latency_ms_p50 for _, one in measured])
-    figure.set_size_inches(9, 4.5)
+    log_axis(axes.yaxis, [one.latency_ms_p50 for _, one in measured])
     figure.legend(loc="outside right upper")
     return figure
 
@@ -150,8 +149,19 @@ def svg(figure: Figure, name: str) -> str:
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", element)
 
 
-def _one() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+def log_axis(axis: Axis, values: Sequence[float]) -> None:
+    """A logarithmic axis whose ticks are plain numbers, however narrow its range."""
+    set_scale = axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale
+    set_scale("log")
+    is_wide = bool(values) and max(values) > 5 * min(values)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _one(width: float = 7) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -163,17 +173,6 @@ def _failures(axes: Axes, run: Sequence[Record]) -> None:
         if numbers:
             style: dict[str, Any] = {"marker": marker, "s": 36, "color": _RED, "clip_on": False, "zorder": 3}
             axes.scatter(numbers, [1.0] * len(numbers), label=name, transform=edge, **style)
-
-
-def _log(axis: Axis, values: Sequence[float]) -> None:
-    """A logarithmic axis whose ticks are plain numbers, however narrow its range."""
-    set_scale = axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale
-    set_scale("log")
-    is_wide = bool(values) and max(values) > 5 * min(values)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _points(tried: Sequence[Tried]) -> tuple[list[float], list[float]]:

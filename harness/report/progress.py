@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ class Progress:
     """A `Watcher`. The bar counts seconds of the budget, or trials where their number is given.
 
     Args:
-        default: its latency is what the best so far is compared with; None: with nothing.
+        default: configurations are told by what they change in it, and its latency is what the best is compared with.
         default_ms: that latency, where it was measured before a resume.
     """
 
@@ -26,7 +26,7 @@ class Progress:
         self,
         budget_s: float,
         num_trials: int | None,
-        default: Params | None = None,
+        default: Params,
         default_ms: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -64,18 +64,24 @@ class Progress:
         spent = round(gone_s) if self._num_trials is None else number
         self._bar.set_postfix_str(f"trial {number}, best {self._best(best)}", refresh=False)
         self._bar.update(min(spent, self._bar.total) - self._bar.n if self._bar.total else 0)
-        of = "" if self._num_trials is None else f"/{self._num_trials}"
-        time_left = f"{duration_text(gone_s)} gone, {duration_text(self._left_s(number, gone_s))} to go"
+        counted = f"{number:3}" if self._num_trials is None else f"{number:3}/{self._num_trials}"
+        which = counted if outcome.was_launched else f"{'-':>{len(counted)}}"
         self._say(
-            f"trial {number:3}{of}  {source:9}  {outcome_text(outcome)}  best {self._best(best)}  {time_left}  "
-            f"({configuration_text(params)})"
+            f"trial {which}  {source:9}  {outcome_text(outcome):21}  best {self._best(best)}  "
+            f"{duration_text(self._left_s(number, gone_s))} left  {configuration_text(params, self._default)}",
+            outcome.message,
         )
+
+    def finalists(self, finalists: Sequence[Params]) -> None:
+        """These are confirmed, by the numbers in this order."""
+        for number, params in enumerate(finalists, 1):
+            self._say(f"finalist {number}  {configuration_text(params, self._default)}")
 
     def confirmation(self, name: str, outcome: Outcome) -> None:
         """See `Watcher.confirmation`."""
         self._bar.set_description_str("confirming", refresh=False)
         self._bar.set_postfix_str(f"{name} {outcome_text(outcome)}")
-        self._say(f"confirming {name:10}  {outcome_text(outcome)}")
+        self._say(f"confirming {name:10}  {outcome_text(outcome)}", outcome.message)
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -84,7 +90,7 @@ class Progress:
     def _best(self, best: Tried | None) -> str:
         if best is None:
             return "none within the limits"
-        share = "" if self._default_ms is None else f" ({best.latency_ms_p50 / self._default_ms:.2f}x of the default)"
+        share = "" if self._default_ms is None else f" ({best.latency_ms_p50 / self._default_ms:.2f}x default)"
         return f"{best.latency_ms_p50:.1f} ms, {best.peak_memory_bytes / 1e6:.0f} MB{share}"
 
     def _left_s(self, number: int, gone_s: float) -> float:
@@ -94,6 +100,7 @@ class Progress:
             return left_s
         return min(left_s, (self._num_trials - number) * gone_s / self._num_seen)
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, reason: str = "") -> None:
+        """A line, and below it why there is no figure in it."""
         if self._bar.disable:
-            print(line, flush=True)
+            print(f"{line}\n           {reason}" if reason else line, flush=True)

@@ -13,10 +13,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from harness.report import plots
-from harness.report.messages import verdict_text
+from harness.report.messages import asked_text, verdict_text
 from harness.report.page import page
 from harness.report.run_file import NAME, RunFile
-from harness.report.tables import front_table, front_text, trials_table
+from harness.report.tables import front_table, front_text, trials_table, with_marked
 from harness.report.text_plot import text_pareto
 from harness.search.agreement import agreement
 from harness.search.outcome import Record, Tried, feasible, front
@@ -58,9 +58,8 @@ class Results:
     @cached_property
     def table(self) -> pd.DataFrame:
         """The front, and the default and the chosen configuration where they are not on it."""
-        marked = [one for one in self._marked() if one is not None and one not in self.front]
-        shown = [*self.front, *(one for i, one in enumerate(marked) if one not in marked[:i])]
-        return front_table(shown, self._marked()[0], self.run.chosen, self.space.complete)
+        default, chosen = self._marked()
+        return front_table(with_marked(self.front, default, chosen), default, self.run.chosen, self.space.complete)
 
     def text(self) -> str:
         """For the terminal: the plot, the table and the verdict."""
@@ -109,7 +108,7 @@ def write_run(results: Results) -> None:
         "pareto.csv": front_rows.to_csv(index=False),
         "report.html": page(
             title=f"Tuning run {results.folder.name}",
-            verdict=f"{verdict_text(results.run)}\nended      {results.run.stop_reason}",
+            verdict=f"{asked_text(results.run)}\n{verdict_text(results.run)}",
             command=results.environment["command"],
             figures=drawn,
             front=results.table,

@@ -16,7 +16,7 @@ from harness.search.loop import Choice
 from harness.search.objective import Objective
 from harness.search.outcome import Measurement, Tried, feasible
 from harness.search.setup import Settings, Setup
-from harness.search.space import Params, Space, Value
+from harness.search.space import Params, Space
 from harness.search.study import Study
 from runtime import profile
 
@@ -50,10 +50,10 @@ def collect(
 
 
 def best_so_far(study: Study, objective: Objective) -> Params | None:
-    """The best configuration within the limits, unconfirmed; None while the default was not measured within them."""
+    """The best configuration within the limits, unconfirmed; None while nothing was measured within them."""
     within = feasible(study.tried(), study.limits)
     default = next((one for one in within if one.params == study.space.default), None)
-    return None if default is None else objective.rank(within, default)[0].params
+    return next((one.params for one in objective.rank(within, default)), None)
 
 
 def resume_command(settings: Settings) -> str:
@@ -95,7 +95,7 @@ def _run_file(setup: Setup, study: Study, choice: Choice | None, stop_reason: st
         simulator_rank_correlation=None if agreed is None else round(agreed.rank_correlation, 3),
         points=tuple(_point(one, space, setup.guard.error_of(one)) for one in tried),
         confirmed=confirmed,
-        failed=() if choice is None else _failed(choice.confirmation),
+        failed=() if choice is None or choice.confirmation is None else tuple(map(dict, choice.confirmation.failed)),
     )
 
 
@@ -128,14 +128,6 @@ def _confirmed(found: Confirmation | None, tried: Sequence[Tried], default: Para
         pairs=len(found.default),
         is_proven=found.is_proven,
     )
-
-
-def _failed(found: Confirmation | None) -> tuple[dict[str, Value], ...]:
-    if found is None:
-        return ()
-    screened = [one.params for one in found.screening if one.failure and one.ratio is None]
-    last = [found.params] if found.failure and found.ratio is None and found.params not in screened else []
-    return tuple(dict(params) for params in (*screened, *last))
 
 
 def _environment(

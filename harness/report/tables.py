@@ -50,6 +50,15 @@ def front_table(
     return pd.DataFrame([_front_row(one, default, chosen, complete) for one in shown])
 
 
+def with_marked(front: Sequence[Tried], *marked: Tried | None) -> list[Tried]:
+    """A front, and after it those of `marked` that are not on it."""
+    shown = list(front)
+    for one in marked:
+        if one is not None and all(one.params != other.params for other in shown):
+            shown.append(one)
+    return shown
+
+
 def front_text(table: pd.DataFrame, default: Mapping[str, Value], num_experts: int) -> str:
     """The table for people, at most 15 lines of it, the chosen configuration with an asterisk.
 
@@ -62,7 +71,7 @@ def front_text(table: pd.DataFrame, default: Mapping[str, Value], num_experts: i
     shown = pd.DataFrame(
         {
             "": [_mark(*marks) for marks in zip(table["chosen"], table["is_default"], strict=True)],
-            "latency p50": [f"{value:.1f} ms" for value in table["latency_ms_p50"]],
+            "ms/token p50": [f"{value:.1f}" for value in table["latency_ms_p50"]],
             "vs default": ["" if pd.isna(value) else f"{value:.2f}x" for value in table["latency_ratio"]],
             "tokens/s": [f"{value:.1f}" for value in table["tokens_per_s"]],
             "peak memory": [f"{value / 1e6:.0f} MB" for value in table["peak_memory_bytes"]],

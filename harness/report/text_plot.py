@@ -54,9 +54,10 @@ def text_pareto(tried: Sequence[Tried], limits: Limits, default: Tried | None, c
     foot = [
         " " * _MARGIN + "+" + "-" * _WIDTH,
         " " * (_MARGIN + 1) + numbers + " ms",
+        " " * (_MARGIN + 1) + f"{'latency per output token, p50 (log scale)':^{_WIDTH}}".rstrip(),
         legend,
     ]
-    return "\n".join([f"{'MB':>{_MARGIN - 1}}", *lines, *foot])
+    return "\n".join([f"{'MB':>{_MARGIN - 1}}  peak memory", *lines, *foot])
 
 
 def _step(value: float, low: float, high: float, steps: int) -> int:

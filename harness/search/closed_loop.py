@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from harness.measure.replay import Schedule
+from harness.measure.schedule import Schedule, route_of
 from harness.search.tracing import RequestRows, WorkloadTrace
 from harness.search.trial import WARM_UP_TOKENS
 from runtime.planning import Planner, Situation
@@ -140,13 +140,7 @@ class _Loop:
         return Situation([text.as_request() for text in self._waiting.values()], running, contexts)
 
     def _routes(self, computing: list[_Text]) -> Mapping[str, Route]:
-        trace = self.passes.trace
-        routes = {}
-        for text in computing:
-            route = np.zeros((trace.num_layers, trace.num_experts), np.bool_)
-            np.put_along_axis(route, trace.experts[_rows(text)[-1]].astype(np.int64), True, axis=1)
-            routes[text.name] = route
-        return routes
+        return {text.name: route_of(self.passes.trace, _rows(text)[-1]) for text in computing}
 
     def _advance(self, text: _Text, step: int, planner: Planner) -> None:
         text.num_out += 1

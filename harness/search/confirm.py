@@ -67,7 +67,7 @@ class Confirmation:
         ratio: None when a run failed.
         failure: why the finalist cannot be used although it was measured, or was not measured to the end.
         params: of the finalist. num_segments: of text, all different; with fewer than pairs they were used again.
-        screening: every finalist, where there was more than one.
+        screening: every finalist, where there was more than one. failed: those whose own run ended in a failure.
     """
 
     finalist: tuple[Measurement, ...]
@@ -78,6 +78,7 @@ class Confirmation:
     objective: Objective = Objective.LATENCY
     num_segments: int = 0
     screening: tuple[Screened, ...] = ()
+    failed: tuple[Params, ...] = ()
 
     @property
     def is_proven(self) -> bool:
@@ -140,26 +141,29 @@ def confirm(
 
     unseen, survivor = segments, finalists[0]
     screening: tuple[Screened, ...] = ()
+    failed: tuple[Params, ...] = ()
     if len(finalists) > 1 and len(segments) > 1:
         first, unseen = _split(segments, num_pairs)
         names = [f"{FINALIST} {number}" for number in range(1, len(finalists) + 1)]
         contenders = {DEFAULT: default, **dict(zip(names, finalists, strict=True))}
         turns = play(contenders, first, screening_rounds(num_pairs))
         screening = tuple(_screened(turns, name, contenders[name], limits) for name in names)
+        failed = tuple(contenders[name] for name in names if name in turns.failures)
         best = _best(screening, objective)
         if DEFAULT in turns.failures or best is None:
             failure = turns.failures.get(DEFAULT) or "; ".join(dict.fromkeys(one.failure for one in screening))
-            return Confirmation((), (), None, failure, survivor, objective, 0, screening)
+            return Confirmation((), (), None, failure, survivor, objective, 0, screening, failed)
         survivor = best.params
 
     turns = play({DEFAULT: default, FINALIST: survivor}, unseen, num_pairs)
+    failed = (*failed, survivor) if FINALIST in turns.failures else failed
     chosen, baseline = tuple(turns.runs[FINALIST]), tuple(turns.runs[DEFAULT])
     failure, ratio = "; ".join(turns.failures.values()), None
     if not failure:
         ratio = latency_ratio(chosen, baseline)
         failure = _excess(FINALIST, Tried(survivor, chosen), limits)
     num_segments = min(len(unseen), num_pairs)
-    return Confirmation(chosen, baseline, ratio, failure, survivor, objective, num_segments, screening)
+    return Confirmation(chosen, baseline, ratio, failure, survivor, objective, num_segments, screening, failed)
 
 
 def screening_rounds(num_pairs: int) -> int:

@@ -20,7 +20,8 @@ Floats = npt.NDArray[np.float64]
 IO_THREADS = (1, 2, 4)
 # Python and small operators, of any model.
 _PASS_S, _LAYER_S, _PLAN_S, _FORECAST_S, _PREFETCH_S = 1e-3, 3e-4, 5e-4, 1e-4, 5e-5
-_SLOWDOWN = 0.1
+_SLOWDOWN, _COLD = 0.1, 0.2
+_MAX_FALL = 2.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Costs:
     """Coefficients of the simulator.
 
     Attributes:
-        seconds: by path. `load/IO/THREADS` one expert with so many I/O and compute threads · `pass/PHASE` a pass beside
+        seconds: by path. `load/IO/THREADS` one expert with so many I/O and compute threads, `cold/THREADS` one more of
+            the first loads after the link was idle · `pass/PHASE` a pass beside
             its layers · `layer/PHASE/THREADS` a layer step beside its experts · `token/PHASE/THREADS` what each of its
             tokens adds · `plan/SCHEDULER` choosing a pass by routes · `forecast/PREDICTOR` a forecast for one layer ·
             `prefetch/layer` acting on it.
@@ -62,11 +64,12 @@ class Costs:
         curves: dict[str, dict[int, float]] = {}
         for kernel, count, num_tokens, seconds in expert_times:
             curves.setdefault(f"{kernel}/{count}", {})[num_tokens] = seconds
-        costs = cls({}, {key: dict(sorted(curve.items())) for key, curve in curves.items()}, {})
+        costs = cls({}, {key: _plausible(curve) for key, curve in curves.items()}, {})
         found = {f"forecast/{name}": _FORECAST_S for name in predictors}
         found |= {"prefetch/layer": _PREFETCH_S, "plan/route_overlap": _PLAN_S}
         for io_threads in IO_THREADS:
             found |= {f"load/{io_threads}/{count}": _nearest(load_s, io_threads) for count in threads}
+        found |= {f"cold/{count}": _COLD * _nearest(load_s, IO_THREADS[0]) for count in threads}
         for phase in ("prefill", "decode"):
             found[f"pass/{phase}"] = _PASS_S
             for count in threads:
@@ -110,6 +113,17 @@ def closest(path: str, known: Mapping[str, object]) -> str:
     return min(known, key=distance)
 
 
+def _plausible(curve: Mapping[int, float]) -> dict[int, float]:
+    """Seconds by ascending tokens, without those that another process disturbed: threads that wait for one which does
+    not run cost a hundredfold. Fewer tokens may take longer, where torch has another kernel for one, but not twice.
+    """
+    kept: dict[int, float] = {}
+    for num_tokens, seconds in sorted(curve.items(), reverse=True):
+        least = min(kept.values(), default=seconds)
+        kept[num_tokens] = seconds if seconds <= _MAX_FALL * least else least
+    return dict(sorted(kept.items()))
+
+
 def _nearest(by_number: Mapping[int, float], number: int) -> float:
     return by_number[min(by_number, key=lambda other: abs(np.log(other / number)))]
 
@@ -130,21 +144,21 @@ _SPREADS = (1.0, 0.6, 0.3, 0.3)  # of the logarithm of what is wrong with the gu
 _NOISE, _TRIAL_NOISE = 0.03, 0.06  # of the logarithm of a measured time; of what those of one trial share
 
 
-def fitted(costs: Costs, rows: Sequence[Row], loads: Sequence[tuple[str, float]]) -> Costs:
+def fitted(costs: Costs, rows: Sequence[Row], loads: Sequence[Row]) -> Costs:
     """The coefficients that explain what was measured, near those of `costs` where that says little.
 
     Robust least squares of logarithms; each coefficient is multiplied by factors that it shares with others of its
     path, and every factor costs what it departs from 1.
 
     Args:
-        rows: measured times. loads: path of a coefficient and its measured seconds.
+        rows: measured times of computing. loads: of loading, with the units of no other coefficients.
     """
-    by_load = _factors(costs, [Row({path: 1.0}, 0.0, seconds, i) for i, (path, seconds) in enumerate(loads)])
+    by_load = _factors(costs, loads)
     by_time = _factors(costs, rows)
     return replace(
         costs,
         seconds={
-            path: value * (by_load if path.startswith("load/") else by_time)[path]
+            path: value * (by_load if path.startswith(("load/", "cold/")) else by_time)[path]
             for path, value in costs.seconds.items()
         },
         ratios={path: value * by_time[path] for path, value in costs.ratios.items()},

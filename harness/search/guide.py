@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from harness.measure.stats import median
 from harness.search.agreement import rank_correlation
 from harness.search.memory_guard import MemoryGuard
-from harness.search.objective import Objective
+from harness.search.objective import SLOWDOWN, Objective
 from harness.search.outcome import Kind, Limits, Measurement, Record, Tried
-from harness.search.space import Params, Space, Value
+from harness.search.space import Params, Space, Value, params_key
 
 FIRST_ROUND, LATER_ROUND = 8, 5
 """Configurations of a round; between two rounds the sampler proposes one, which the simulator has no say in."""
@@ -80,9 +80,9 @@ class Guide:
         self.simulator = simulator
         self._overrides, self._guard, self._explore = overrides, guard, explore
         self._seed, self._num_simulated, self._on_round = seed, num_simulated, on_round
-        self._pending: set[str] = set()
         self._num_rounds = 0
         self._is_samplers_turn = False
+        self._slowest_ms = float("inf")
         self._simulated: dict[str, tuple[float, float] | None] = {}
 
     def foretell(self, params: Params) -> float | None:
@@ -90,14 +90,13 @@ class Guide:
         return self._simulated_ms(params) if self._num_rounds else None
 
     def propose(self, records: Sequence[Record], tried: Sequence[Tried]) -> list[Params]:
-        """Configurations to run now, the most promising first; empty: it is the sampler's turn.
+        """A round of configurations to run before it is asked again, the most promising first; empty: it is the
+        sampler's turn.
 
         Args:
             records: of every trial, however it ended. tried: what was measured.
         """
-        seen = {_key(record.params) for record in records}
-        self._pending -= seen
-        if self._pending or not records:
+        if not records:
             return []
         if self._is_samplers_turn:
             self._is_samplers_turn = False
@@ -107,9 +106,7 @@ class Guide:
         self.simulator = self.simulator.calibrated(observations)
         if not self._explains(records, tried):
             return []
-        chosen = self._round(tried, seen)
-        self._pending = {_key(params) for params in chosen}
-        return chosen
+        return self._round(tried, {params_key(record.params) for record in records})
 
     def _explains(self, records: Sequence[Record], tried: Sequence[Tried]) -> bool:
         """Whether the order of what was measured is that of the simulator. What was stopped early was slow for sure."""
@@ -128,7 +125,11 @@ class Guide:
 
     def _round(self, tried: Sequence[Tried], seen: set[str]) -> list[Params]:
         self._simulated = {}
-        best = self.objective.rank([one for one in tried if self.limits.allow(one)], self._default(tried))
+        within = [one for one in tried if self.limits.allow(one)]
+        default = next((one for one in within if one.params == self.space.default), None)
+        if self.objective is Objective.MEMORY and default is not None:
+            self._slowest_ms = SLOWDOWN * self._simulated_ms(self.space.default)
+        best = self.objective.rank(within, default)
         start = [one.params for one in (best or tried)[:3]]
         found = self._explore(
             self.space, self._evaluate, self._num_simulated, seed=self._seed + self._num_rounds, start=start
@@ -138,15 +139,12 @@ class Guide:
         ranked = self._ranked([(json.loads(key), value) for key, value in self._simulated.items() if value])
         self._on_round(len(self._simulated))
         self._num_rounds += 1
-        unseen = [one for one in ranked if _key(one[0]) not in seen]
+        unseen = [one for one in ranked if params_key(one[0]) not in seen]
         return _spread(unseen, FIRST_ROUND if self._num_rounds == 1 else LATER_ROUND)
-
-    def _default(self, tried: Sequence[Tried]) -> Tried | None:
-        return next((one for one in tried if one.params == self.space.default), None)
 
     def _evaluate(self, params: Params) -> tuple[float, float] | None:
         """Foretold latency in ms and peak memory in bytes; None where it is foretold to exceed a limit."""
-        key = _key(params)
+        key = params_key(params)
         if key not in self._simulated:
             self._simulated[key] = self._limited(params)
         return self._simulated[key]
@@ -162,7 +160,13 @@ class Guide:
         return run.latency_ms_p50, float(peak_bytes)
 
     def _ranked(self, found: Iterable[tuple[Params, tuple[float, float]]]) -> list[tuple[Params, tuple[float, float]]]:
-        return sorted(found, key=lambda one: self.objective.cost(*one[1]))
+        return sorted(found, key=lambda one: self._order(*one[1]))
+
+    def _order(self, latency_ms: float, peak_bytes: float) -> tuple[bool, float]:
+        """To sort by: what is too slow for `memory` comes last, the least slow of it first."""
+        if latency_ms > self._slowest_ms:
+            return True, latency_ms
+        return False, self.objective.cost(latency_ms, peak_bytes)
 
     def _polish(self, starts: Sequence[Params]) -> None:
         """Descend from each start one knob at a time, to where no single change is better."""
@@ -175,9 +179,9 @@ class Guide:
                     if (other := self._cost(neighbour)) < cost:
                         params, cost, improved = neighbour, other, True
 
-    def _cost(self, params: Params) -> float:
+    def _cost(self, params: Params) -> tuple[bool, float]:
         value = self._evaluate(params)
-        return float("inf") if value is None else self.objective.cost(*value)
+        return (True, float("inf")) if value is None else self._order(*value)
 
 
 def neighbours(space: Space, params: Params) -> Iterable[dict[str, Value]]:
@@ -197,12 +201,8 @@ def _spread(ranked: Sequence[tuple[Params, tuple[float, float]]], number: int) -
         if peak_bytes < least:
             edge.append(params)
             least = peak_bytes
-    taken = {_key(params) for params in best}
-    others = [params for params in edge if _key(params) not in taken]
+    taken = {params_key(params) for params in best}
+    others = [params for params in edge if params_key(params) not in taken]
     wanted = number - len(best)
     step = max(1.0, len(others) / wanted) if wanted else 1.0
     return [*best, *(others[int(i * step)] for i in range(wanted) if int(i * step) < len(others))]
-
-
-def _key(params: Params) -> str:
-    return json.dumps(dict(params), sort_keys=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,8 +15,9 @@ from harness.measure.workload import TokenRequest
 from harness.search.costs import Costs
 from harness.search.memory_guard import MemoryGuard
 from harness.search.outcome import Kind, Measurement, Outcome
-from harness.search.simulator import Simulated, Simulator
-from harness.search.space import Params, Space
+from harness.search.simulated_trial import Simulated
+from harness.search.simulator import Simulator
+from harness.search.space import Params, Space, params_key
 from runtime.machine import format_bytes
 
 LEAST_BIAS, MOST_BIAS = 0.1, 0.3
@@ -63,7 +63,7 @@ class HiddenMachine:
 
     def truth(self, params: Params) -> Simulated:
         """Without noise."""
-        key = _key(params)
+        key = params_key(params)
         if key not in self._known:
             self._known[key] = self._simulator.run(self._space.overrides(params))
         return self._known[key]
@@ -88,7 +88,7 @@ class HiddenMachine:
             return Outcome(Kind.TOO_LARGE, excess)
         if not self.fits(params):
             return Outcome(Kind.OUT_OF_MEMORY, f"needs {format_bytes(self.peak_bytes(params))}", wall_s=1.0)
-        key = _key(params)
+        key = params_key(params)
         self._num_runs[key] += 1
         draw = np.random.default_rng([self._seed, crc32(key.encode()), self._num_runs[key]])
         measured = self._measurement(params, float(np.exp(draw.normal(0, NOISE))))
@@ -123,7 +123,3 @@ class _Contender(NamedTuple):
     def run(self, requests: tuple[TokenRequest, ...], /) -> Outcome:
         """The workload is always the same."""
         return self.machine.measure(self.params)
-
-
-def _key(params: Params) -> str:
-    return json.dumps(dict(params), sort_keys=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from harness.search.outcome import Kind, Outcome, Record, Tried
-from harness.search.space import Params
+from harness.search.space import Params, params_key
 
 MAX_RUNS = 3
 """Runs of one configuration: the first, and two repeats when it is proposed again or its environment changed."""
@@ -81,8 +80,3 @@ class History:
 def attributes_of(params: Params, outcome: Outcome, *, reused: bool, source: str) -> dict[str, Any]:
     """What a finished trial keeps, JSON."""
     return {"params": dict(params), "source": source, "outcome": asdict(outcome), "reused": reused}
-
-
-def params_key(params: Params) -> str:
-    """Equal for equal configurations."""
-    return json.dumps(sorted(params.items()))

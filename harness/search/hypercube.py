@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy.stats import qmc
 
-from harness.search.space import Knob, Params, Space, Value
+from harness.search.space import Knob, Params, Space, Value, params_key
 
 _MAX_DRAWS = 50
 
@@ -24,14 +23,14 @@ def latin_hypercube(
     Args:
         accepts: whether a configuration can be run at all.
     """
-    seen = {_key(space.default)}
+    seen = {params_key(space.default)}
     found: list[dict[str, Value]] = []
     for params in _drawn(space, number, seed):
         if len(found) == number:
             break
-        if _key(params) not in seen and accepts(params):
+        if params_key(params) not in seen and accepts(params):
             found.append(params)
-        seen.add(_key(params))
+        seen.add(params_key(params))
     return found
 
 
@@ -49,7 +48,3 @@ def _drawn(space: Space, number: int, seed: int) -> Iterator[dict[str, Value]]:
 
 def _at(knob: Knob, share: float) -> Value:
     return knob.choices[int(share * len(knob.choices))]
-
-
-def _key(params: Params) -> str:
-    return json.dumps(dict(params), sort_keys=True)

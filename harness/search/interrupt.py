@@ -7,6 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class StopRequest:
@@ -23,6 +27,15 @@ class StopRequest:
         """Raise KeyboardInterrupt after the first Ctrl-C."""
         if self._is_set.is_set():
             raise KeyboardInterrupt
+
+    def heeded(self, call: Callable[P, T]) -> Callable[P, T]:
+        """The same call, which after the first Ctrl-C is not begun any more: it raises KeyboardInterrupt."""
+
+        def heeding(*args: P.args, **kwargs: P.kwargs) -> T:
+            self.raise_if_set()
+            return call(*args, **kwargs)
+
+        return heeding
 
     @contextmanager
     def listening(self, say: Callable[[str], None]) -> Iterator[StopRequest]:

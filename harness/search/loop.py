@@ -25,7 +25,7 @@ MAX_REFUSED = 200
 NOTICEABLE = 0.005
 """Share of the cost below which an improvement is none."""
 
-NUM_REMEASURED, REPEATS = 5, 3
+NUM_REMEASURED, REPEATS = 3, 2
 """Where there is no default to confirm against: configurations that are measured again, and how often."""
 
 Measure = Callable[[Params], Outcome]
@@ -88,9 +88,14 @@ def search(
         guard: is told what memory trials took.
         num_trials: launched ones, those before a resume among them; None: as many as the budget holds.
         stop: asked after each trial.
+
+    Raises:
+        GpuLostError: the GPU was lost; what was measured before is in the study.
     """
     start, progress, num_refused = clock(), _Progress(study, objective), 0
     while True:
+        if guard is not None:
+            guard.learn(study.tried(), sum(one.outcome.kind is Kind.OUT_OF_MEMORY for one in study.records()))
         walls = [one.outcome.wall_s for one in study.records() if not one.reused and one.outcome.was_launched]
         if num_trials is not None and len(walls) >= num_trials:
             return f"{len(walls)} trials"
@@ -100,9 +105,7 @@ def search(
             return "interrupted"
         if num_trials is None and progress.is_exhausted():
             return f"nothing better in {PATIENCE} trials"
-        if guard is not None:
-            guard.learn(study.tried(), sum(one.outcome.kind is Kind.OUT_OF_MEMORY for one in study.records()))
-        if guide is not None:
+        if guide is not None and not study.has_waiting():
             study.enqueue(guide.propose(study.records(), study.tried()), "simulator")
         proposal = study.ask()
         if proposal is None:
@@ -112,8 +115,6 @@ def search(
         num_refused = 0 if outcome.was_launched else num_refused + 1
         if num_refused == MAX_REFUSED:
             return f"{num_refused} proposals in a row were predicted not to fit"
-        if outcome.kind is Kind.ENVIRONMENT and outcome.message.startswith(GPU_LOST):
-            raise GpuLostError(outcome.message)
         watcher.trial(len(walls) + 1, proposal.params, outcome, progress.best(), proposal.source)
 
 
@@ -144,14 +145,24 @@ class _Progress:
 
 
 def run_one(study: Study, proposal: Proposal, measure: Measure, foretold_ms: float | None = None) -> Outcome:
-    """Measure a proposal and tell it; one that is interrupted is closed first."""
+    """Measure a proposal and tell it; one that is interrupted is closed first.
+
+    Raises:
+        GpuLostError: after it was told.
+    """
     try:
         outcome = replace(measure(proposal.params), foretold_ms=foretold_ms)
     except BaseException:
         study.abandon(proposal)
         raise
     study.tell(proposal, outcome)
+    _check_gpu(outcome)
     return outcome
+
+
+def _check_gpu(outcome: Outcome) -> None:
+    if outcome.kind is Kind.ENVIRONMENT and outcome.message.startswith(GPU_LOST):
+        raise GpuLostError(outcome.message)
 
 
 def choose(
@@ -173,9 +184,11 @@ def choose(
 
     Raises:
         NothingRunsError: nothing was tried that runs within the limits.
+        GpuLostError: the GPU was lost.
     """
     default = study.space.default
-    run_one(study, study.propose(default), measure)
+    if _measured(study.tried(), default) is not None:
+        run_one(study, study.propose(default), measure)
     within = feasible(study.tried(), study.limits)
     baseline = _measured(within, default)
     ranked = objective.rank(within, baseline)
@@ -189,7 +202,7 @@ def choose(
         return Choice(default, "nothing better than the default was found", None, drift)
     finalists = list(islice(_sound(study, better, verify), num_finalists))
     if not finalists:
-        return Choice(default, "no finalist computes what its kernels compute on demand", None, drift)
+        return Choice(default, "no finalist was seen to compute what its kernels compute on demand", None, drift)
     confirmation = confirms(finalists, default)
     if confirmation.is_proven:
         return Choice(confirmation.params, _GAINS[objective], confirmation, drift)
@@ -214,6 +227,7 @@ def _sound(study: Study, ranked: Sequence[Tried], verify: Measure) -> Iterator[P
     """Those that compute what they should; the study is told of the others."""
     for one in ranked:
         outcome = verify(one.params)
+        _check_gpu(outcome)
         if outcome.kind is Kind.OK:
             yield one.params
         elif outcome.kind is Kind.WRONG_TOKENS:

@@ -10,7 +10,7 @@ from harness.measure.environment import Surroundings
 from harness.measure.workload import Part, TokenRequest
 from harness.search.outcome import Kind, Measurement, Outcome, Record, Tried
 from harness.search.racing import hopeless
-from harness.search.space import Params, Space
+from harness.search.space import Params, Space, params_key
 from harness.search.trial import Finished, TrialRunner, TrialSpec, measure
 
 MAX_REPEATS = 2
@@ -80,7 +80,7 @@ class Measurer:
         run = self._run(self.overrides(params), part, self._rivals(params, part))
         outcome = self._judge(run, params, part)
         if outcome.kind is Kind.OK and part == "search":
-            self._measured.setdefault(_key(params), (params, []))[1].append(outcome.measurement)
+            self._measured.setdefault(params_key(params), (params, []))[1].append(outcome.measurement)
         return outcome
 
     def verify(self, params: Params, part: Part = "search") -> Outcome:
@@ -113,14 +113,14 @@ class Measurer:
         for record in records:
             if record.outcome.kind is Kind.OK and not record.reused:
                 measurement = record.outcome.measurement
-                found.setdefault(_key(record.params), (record.params, []))[1].append(measurement)
+                found.setdefault(params_key(record.params), (record.params, []))[1].append(measurement)
                 self._tokens.setdefault(self._numerics(record.params, "search"), measurement.tokens_sha256)
         self._measured |= found
 
     def _rivals(self, params: Params, part: Part) -> tuple[Tried, ...]:
         if part != "search" or params == self._space.default:
             return ()
-        others = [one for key, one in self._measured.items() if key != _key(params)]
+        others = [one for key, one in self._measured.items() if key != params_key(params)]
         return tuple(Tried(other, tuple(runs)) for other, runs in others)
 
     def _run(self, overrides: dict[str, Any], part: Part, rivals: tuple[Tried, ...]) -> _Run:
@@ -220,7 +220,3 @@ def _differences(found: PredictedIds, reference: PredictedIds) -> tuple[int, int
         for position, token in enumerate(tokens)
     ]
     return sum(token != other for token, other in pairs), len(pairs)
-
-
-def _key(params: Params) -> str:
-    return repr(sorted(params.items()))

@@ -13,7 +13,7 @@ from runtime.profile import Scheduler
 
 MARGIN = 0.02
 """Of the predicted peak, kept free beyond the largest error seen; with n configurations measured, a share 1/sqrt(n) of
-it is enough. While nothing was measured, as much more for each that ran out of memory."""
+it is enough. While nothing was measured, twice as much more for each that ran out of memory."""
 
 
 class MemoryGuard:

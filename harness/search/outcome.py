@@ -9,6 +9,8 @@ from typing import Any
 
 from harness.measure.stats import median
 from harness.search.space import Params
+from runtime.errors import UsageError
+from runtime.machine import parse_bytes
 
 
 class Kind(enum.StrEnum):
@@ -92,7 +94,7 @@ class Outcome:
 @dataclass(frozen=True)
 class Record:
     """One finished trial. `reused` marks a duplicate that was told what was known and not run; `source` says who
-    proposed it: default, seed, simulator or sampler."""
+    proposed it: default, seed, simulator, sampler, or, at the end, repeat or verify."""
 
     number: int
     params: Params
@@ -146,6 +148,14 @@ class Limits:
     max_memory_bytes: int | None = None
     slo_tpot_ms: float | None = None
     slo_ttft_ms: float | None = None
+
+    @classmethod
+    def parse(cls, max_memory: str | None, slo_tpot_ms: float | None, slo_ttft_ms: float | None) -> Limits:
+        """From the options of a command line; UsageError where one is no limit."""
+        for option, value in (("--slo-tpot", slo_tpot_ms), ("--slo-ttft", slo_ttft_ms)):
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{option} {value:g}: milliseconds above 0 are needed")
+        return cls(None if max_memory is None else parse_bytes(max_memory), slo_tpot_ms, slo_ttft_ms)
 
     def excess(self, one: Tried) -> dict[str, float]:
         """How far above each limit, as a share of it, by its name: 0.1 is 10 % too much, below 0 is within.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Problem:
     trace: Path
     num_output_tokens: int = 12
     concurrency: int = 4
-    fixed: tuple[tuple[str, Any], ...] = tuple(FIXED.items())
+    fixed: tuple[tuple[str, Any], ...] = field(default=tuple(FIXED.items()), hash=False)  # values may be lists
 
     @cached_property
     def workload(self) -> WorkloadTrace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,8 @@ from harness.search.plan import (
 )
 from harness.search.simulator import Simulator
 from harness.search.space import Params, Setting, Space
-from harness.search.study import Study, explore, open_storage, remembered
+from harness.search.storage import journal_of
+from harness.search.study import Study, explore, remembered
 from harness.search.tracing import RecordSpec, WorkloadTrace, record_workload
 from harness.search.trial import TrialRunner, TrialSpec, bare_process, measure
 from runtime import machine
@@ -49,7 +51,6 @@ from runtime.model import read_tokenizer
 from runtime.profile import LOSSY, Profile
 from runtime.trace import read_trace
 
-TRACE = "workload.npz"
 UNTRAINED = ("previous_token",)
 """Predictors that any model has. The others want a trained artefact, which the user names, or a long past."""
 _SETUP_TIMEOUT_S = 900.0
@@ -160,10 +161,13 @@ class Setup:
             ExpertFlowError: the routing of this model cannot be recorded.
         """
         settings = self.settings
-        requests, path = self.texts.requests(self.sizes)["search"], settings.folder / TRACE
+        requests = self.texts.requests(self.sizes)["search"]
+        # A folder may see other workloads, where the study is elsewhere.
+        digest = hashlib.sha256(repr((settings.model, requests)).encode()).hexdigest()[:8]
+        path = settings.folder / f"workload-{digest}.npz"
         if not path.exists():
             trial = TrialSpec(settings.model, measurer.overrides(self.space.default), requests, settings.concurrency)
-            outcome = self.runner.run(record_workload, RecordSpec.of(trial, str(path)), _SETUP_TIMEOUT_S)
+            outcome = self.runner.run(record_workload, RecordSpec(trial, str(path)), _SETUP_TIMEOUT_S)
             if outcome.kind is not Kind.OK:
                 raise TuneError(f"the workload's routing was not recorded: {outcome.message}")
         simulator = Simulator(
@@ -276,6 +280,9 @@ class Texts:
 
 def identity_of(settings: Settings, facts: ModelFacts, workload: Workload) -> dict[str, Any]:
     """Everything that makes results comparable: who differs in it does not work on one study."""
+    hardware = machine.fingerprint()
+    # Some KiB of it come and go from one boot, and from one machine of a kind, to the next.
+    memory_gib = round(int(hardware.pop("memory_bytes")) / (1 << 30))
     return {
         "model": facts.identity.model_dump(),
         "workload": workload.sha256,
@@ -283,7 +290,7 @@ def identity_of(settings: Settings, facts: ModelFacts, workload: Workload) -> di
         "context": settings.context,
         **asdict(settings.limits),
         "fixed": dict(settings.fixed),
-        "hardware": machine.fingerprint(),
+        "hardware": {**hardware, "memory_gib": memory_gib},
     }
 
 
@@ -302,7 +309,7 @@ def prepare(settings: Settings) -> Setup:
             "it, then measure its cost: python -m harness.quality"
         )
     if settings.storage is None and not settings.resume and settings.folder.exists():
-        open_storage(settings.folder, resume=False)
+        journal_of(settings.folder, None, resume=False)
     kept = remembered(settings.folder) if settings.storage is None and settings.resume else {}
     facts = describe(settings.model)
     workload = load_workload(settings.workload)

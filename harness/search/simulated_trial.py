@@ -20,7 +20,7 @@ from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
 from runtime.cache.policies import FORESEEING
 from runtime.cache.residency import Count, Residency
-from runtime.cache.timeline import NOW_S, STALL_S, Times, new_link
+from runtime.cache.timeline import NOW_S, NUM_COLD, NUM_LOADS, STALL_S, Times, new_link
 from runtime.facts import wanted_slots
 from runtime.predictors.artifact import RoutingShape
 from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, NoPredictor, Observation, Predictor
@@ -34,10 +34,7 @@ PHASES = {Phase.PREFILL: "prefill", Phase.DECODE: "decode"}
 
 @dataclass(frozen=True)
 class Simulated:
-    """One simulated trial; the fields are those of `Measurement` and of its `stats`, where they have the same name.
-
-    `slowed_s`: seconds of computing while a load was under way.
-    """
+    """One simulated trial; the fields are those of `Measurement` and of its `stats`, where they have the same name."""
 
     latency_ms_p50: float
     ttft_ms_p50: float
@@ -46,7 +43,6 @@ class Simulated:
     run_s: float
     stall_s: float
     busy_s: float
-    slowed_s: float
     num_loads: int
     num_hits: int
     num_in_flight: int
@@ -156,9 +152,12 @@ class SimulatedTrial:
         return units, expert_s
 
     @property
-    def load_path(self) -> str:
-        """Of what a load takes."""
+    def _load_path(self) -> str:
         return self._costs.known(f"load/{self._profile.transfer.io_threads}/{self._profile.compute.threads}")
+
+    @property
+    def _cold_path(self) -> str:
+        return self._costs.known(f"cold/{self._profile.compute.threads}")
 
     @property
     def _slowdown_path(self) -> str:
@@ -170,7 +169,8 @@ class SimulatedTrial:
         for path, where, units in self._places:
             seconds[where] += self._costs.of(path) * units
         return Times(
-            load_s=self._costs.of(self.load_path),
+            load_s=self._costs.of(self._load_path),
+            cold_s=self._costs.of(self._cold_path),
             slowdown=self._costs.of(self._slowdown_path),
             pass_s=seconds["pass"],
             layer_s=seconds["layer"],
@@ -204,8 +204,8 @@ class SimulatedTrial:
     def _walk(self, residency: Residency) -> tuple[Floats, dict[Count, int]]:
         """Through the engine's coordinator itself."""
         profile, times = self._profile, self._times
-        transfer = SimulatedTransfer(times.load_s, slowdown=times.slowdown)
-        predictor = _Timed(predictor_of(profile, self._schedule), transfer, times.ahead_s)
+        transfer = SimulatedTransfer(times.load_s, slowdown=times.slowdown, cold_s=times.cold_s)
+        predictor = Timed(predictor_of(profile, self._schedule), transfer, times.ahead_s)
         coordinator = Coordinator(
             residency,
             transfer,
@@ -251,7 +251,7 @@ class SimulatedTrial:
     def simulated(self) -> Simulated:
         """What a trial would measure."""
         counts, num_passes = self._run[1], len(self._schedule.passes) - self._schedule.num_warm_up
-        run_s, stall_s, busy_s, num_loads = self._whole
+        run_s, stall_s, busy_s, num_loads, _ = self._whole
         p50 = {name: median([ms for ms, _, _ in spans]) if spans else None for name, spans in self._spans.items()}
         assert p50["latency"] is not None and p50["ttft"] is not None
         num_out = sum(span.rows.num_output_tokens for span in self._schedule.spans)
@@ -263,7 +263,6 @@ class SimulatedTrial:
             run_s=run_s,
             stall_s=stall_s,
             busy_s=busy_s,
-            slowed_s=busy_s - stall_s,
             num_loads=int(num_loads),
             num_hits=counts[Count.HITS],
             num_in_flight=counts[Count.IN_FLIGHT],
@@ -275,12 +274,14 @@ class SimulatedTrial:
             num_tokens=int(self._schedule.sizes[-num_passes:].sum()),
         )
 
-    def loads(self, measured: Measurement) -> list[tuple[str, float]]:
-        """What the trial says of a load."""
+    def loads(self, measured: Measurement, number: int) -> list[Row]:
+        """What the trial says of a load: as many were cold as there are here. `number` is the trial's."""
         num_loads, busy_s = measured.stats.get("num_loads", 0), measured.stats.get("busy_s", 0.0)
         if num_loads < _MIN_LOADS or not busy_s:
             return []
-        return [(self.load_path, busy_s / num_loads * self._undisturbed(measured))]
+        share_cold = self._whole[NUM_COLD] / max(1.0, self._whole[NUM_LOADS])
+        units = {self._load_path: 1.0, self._cold_path: share_cold}
+        return [Row(units, 0.0, busy_s / num_loads * self._undisturbed(measured), number)]
 
     def rows(self, measured: Measurement, number: int) -> list[Row]:
         """What the trial says of everything else: of the request in the middle of each metric.
@@ -339,7 +340,7 @@ def _middle(spans: Sequence[tuple[float, int, int]]) -> list[int]:
     return order[(len(order) - 1) // 2 : len(order) // 2 + 1]
 
 
-class _Timed(Predictor):
+class Timed(Predictor):
     """A predictor that takes its time: the clock is advanced when it is asked."""
 
     def __init__(self, predictor: Predictor, transfer: SimulatedTransfer, ahead_s: Floats) -> None:

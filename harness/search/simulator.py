@@ -11,7 +11,6 @@ configuration does not depend on is kept: passes by scheduler, forecasts by pred
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -22,8 +21,6 @@ from harness.search.outcome import Measurement
 from harness.search.simulated_trial import Simulated, SimulatedTrial, predict_every, predictor_of
 from harness.search.tracing import LOOKAHEAD, WorkloadTrace
 from runtime.profile import Profile
-
-__all__ = ["Costs", "Simulated", "Simulator"]
 
 _ROUNDS = 3
 """Of a fit: what a simulated trial waits is known only once costs are."""
@@ -60,11 +57,11 @@ class Simulator:
         new = self.with_costs(self._guess)
         for _ in range(_ROUNDS if observations else 0):
             rows: list[Row] = []
-            loads: list[tuple[str, float]] = []
+            loads: list[Row] = []
             for number, (overrides, measured) in enumerate(observations):
                 trial = new._trial(overrides)
                 rows += trial.rows(measured, number)
-                loads += trial.loads(measured)
+                loads += trial.loads(measured, number)
             new.costs = fitted(self._guess, rows, loads)
         return new
 
@@ -87,9 +84,8 @@ class Simulator:
 
     def _foresight(self, profile: Profile, schedule: ServedPasses) -> Foresight | None:
         """None: what this predictor wants depends on more than the routing."""
-        section = profile.predictor
         depth = max(LOOKAHEAD, profile.prefetch.depth)
-        key = (id(schedule), section.kind, section.artifact, json.dumps(section.params), section.every, depth)
+        key = (id(schedule), profile.predictor.model_dump_json(), depth)
         if key not in self._foresights:
             predictor = predictor_of(profile, schedule)
             if predictor.by_likelihood:

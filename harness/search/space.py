@@ -85,6 +85,11 @@ class Knob:
         return all(known[name] in allowed for name, allowed in self.when.items())
 
 
+def params_key(params: Params) -> str:
+    """Equal for equal configurations; JSON."""
+    return json.dumps(dict(params), sort_keys=True)
+
+
 def table(setting: Setting, base: Profile, fixed: Collection[str] = ()) -> tuple[Knob, ...]:
     """Every knob for `setting`, in the order in which they are chosen; defaults are those of `base`."""
     return (

@@ -31,7 +31,7 @@ def redacted(text: str) -> str:
 
 
 def journal_of(folder: Path, storage: str | None, *, resume: bool) -> Path | None:
-    """The journal file of a study, whole and its folder made; None where `storage` is a database.
+    """The journal file of a study, its folder made; None where `storage` is a database.
 
     Args:
         storage: None: the journal of `folder`; `journal:///PATH`: that one, to join or to begin; else a database.

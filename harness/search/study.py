@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import random
 import time
@@ -32,11 +33,11 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from harness.search.history import History, attributes_of, params_key
+from harness.search.history import History, attributes_of
 from harness.search.leases import Worker, is_elsewhere, lives, worker_of
 from harness.search.outcome import FAILURES, OUT_OF_MEMORY, Kind, Limits, Outcome, Record, Tried
 from harness.search.parameters import encoded, knob_name, suggested
-from harness.search.space import Params, Setting, Space
+from harness.search.space import Params, Setting, Space, params_key
 from harness.search.storage import (
     agreed,
     check_same,
@@ -92,7 +93,7 @@ def _explaining(method: Callable[P, T]) -> Callable[P, T]:
     def explaining(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return method(*args, **kwargs)
-        except (StorageInternalError, OSError) as error:
+        except (StorageInternalError, OSError, json.JSONDecodeError) as error:
             study = args[0]
             assert isinstance(study, Study)
             raise StudyError(
@@ -126,6 +127,7 @@ class Study:
             that cannot be used; a space too large for `brute`.
     """
 
+    @_explaining
     def __init__(
         self,
         folder: Path,
@@ -150,7 +152,7 @@ class Study:
         self.limits, self.where = limits, redacted(storage or str(folder))
         self._storage, self._is_local = storage or "", storage is None
         self._sampler, self._lease_s, self._worker = sampler, lease_s, Worker.here()
-        opened = open_storage(folder, storage, resume=resume)
+        opened = _open_storage(folder, storage, resume=resume)
         name = study_name(identity, space)
         if storage is None and resume:
             studies = {study.study_name: study.user_attrs for study in opened.get_all_studies()}
@@ -164,8 +166,7 @@ class Study:
         if storage is not None:  # workers that begin together must not propose the same
             seed += zlib.crc32(self._worker.name.encode())
         self._draw = random.Random(seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             self._study.sampler = _made(sampler, seed % 2**32)
         self._reap()
         if storage is not None and storage.startswith("sqlite"):
@@ -209,6 +210,11 @@ class Study:
                 self._study.add_trial(self._template(TrialState.WAITING, params, source))
 
     @_explaining
+    def has_waiting(self) -> bool:
+        """Whether something is enqueued that nobody has begun."""
+        return bool(self._trials(TrialState.WAITING))
+
+    @_explaining
     def propose(self, params: Params, source: str = "default") -> Proposal:
         """Open a trial of `params`, however often that has run."""
         return self._leased(self._open(params, source))
@@ -235,6 +241,7 @@ class Study:
         """Every configuration that ran well at least once, in order of its first run."""
         return self._up_to_date().tried()
 
+    @_explaining
     def importances(self) -> dict[str, dict[str, float]]:
         """How much each knob explains of whether a configuration is among the best: its share, of either objective.
 
@@ -242,11 +249,6 @@ class Study:
         """
         told = [one for one in self._trials(TrialState.COMPLETE) if not one.user_attrs.get("imputed")]
         return _importances([one for one in told if not one.user_attrs.get("reused")])
-
-    @_explaining
-    def remember(self, key: str, value: Any) -> None:
-        """Keep a JSON value with the study, for a resume."""
-        self._study.set_user_attr(key, value)
 
     def _up_to_date(self) -> History:
         ended = self._study.get_trials(deepcopy=False, states=_FINISHED)
@@ -289,13 +291,11 @@ class Study:
         template.set_user_attr("claim", self._worker.lease(_CLAIM_S))
         self._study._thread_local.cached_all_trials = None
         trial_id = self._study._storage.create_new_trial(self._study._study_id, template_trial=template)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return Trial(self._study, trial_id)
 
     def _filled(self, trial: Trial) -> Proposal:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             params = suggested(self.space, trial, is_flat=self._sampler in _FLAT)
         return Proposal(trial, params, trial.user_attrs.get("source", "sampler"))
 
@@ -410,15 +410,14 @@ class Study:
                 )
 
 
-def open_storage(folder: Path, storage: str | None = None, *, resume: bool) -> BaseStorage:
+def _open_storage(folder: Path, storage: str | None = None, *, resume: bool) -> BaseStorage:
     """What the study is kept in; a last line of a journal that a crash cut off is put aside.
 
     Raises:
         UsageError: see `journal_of`; or a database that cannot be used.
     """
     journal = journal_of(folder, storage, resume=resume)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         return _open_database(storage or "") if journal is None else _open_journal(journal)
 
 
@@ -434,6 +433,8 @@ def _open_journal(journal: Path) -> JournalStorage:
         return JournalStorage(backend)
     except OSError as error:
         raise UsageError(f"{journal}: the study cannot be kept there: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{journal}: a line in the middle of it is damaged; begin another study") from error
 
 
 def _open_database(storage: str) -> RDBStorage:
@@ -451,7 +452,7 @@ def _open_database(storage: str) -> RDBStorage:
 
 
 def remembered(folder: Path, storage: str | None = None, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the study's first worker decided, and what `Study.remember` kept; nothing where there is no study yet.
+    """What the study's first worker decided; nothing where there is no study yet.
 
     Args:
         storage, identity: as for `Study`. The study of a run's folder is the only one there, whatever its identity.
@@ -459,13 +460,12 @@ def remembered(folder: Path, storage: str | None = None, identity: Mapping[str, 
     Raises:
         UsageError: a folder that holds no run; a storage that cannot be used.
     """
-    opened = open_storage(folder, storage, resume=True)
+    opened = _open_storage(folder, storage, resume=True)
     prefix = "" if storage is None else name_prefix(identity or {})
     studies = [study for study in opened.get_all_studies() if study.study_name.startswith(prefix)]
     if not studies:
         return {}
-    read = functools.partial(opened.get_study_user_attrs, studies[-1]._study_id)
-    return {**agreed(read), **read()}
+    return agreed(functools.partial(opened.get_study_user_attrs, studies[-1]._study_id))
 
 
 def explore(
@@ -517,8 +517,7 @@ def _importances(trials: Sequence[FrozenTrial]) -> dict[str, dict[str, float]]:
     evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, _BEST_EXPLAINED / len(trials)))
     found: dict[str, dict[str, float]] = {}
     for index, objective in enumerate(("latency", "memory")):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             weights = get_param_importances(
                 study, evaluator=evaluator, target=functools.partial(_value, index), normalize=False
             )
@@ -546,8 +545,7 @@ def _begin_or_join(
     """The study, and what all its workers go by: of those who begin at one moment, one creates it and decides."""
     try:
         study = optuna.create_study(study_name=name, storage=storage, directions=["minimize", "minimize"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             study.set_metric_names(["log of latency in ms", "peak memory in bytes"])
     except DuplicatedStudyError:
         study = optuna.load_study(study_name=name, storage=storage, sampler=RandomSampler())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from harness.measure.workload import TokenRequest
-from harness.search.trial import TrialSpec
+from harness.search.trial import TrialSpec, loaded
 from runtime.errors import TraceError
 from runtime.trace import RoutingTrace, write_trace
 
@@ -19,37 +19,25 @@ LOOKAHEAD = 3
 
 @dataclass(frozen=True)
 class RecordSpec:
-    """What to record: `requests` served as a trial of `overrides` would; the trace goes to the file `out`."""
+    """What to record: the workload served as `trial` would; the trace goes to the file `out`."""
 
-    model: str
-    overrides: dict[str, Any] = field(hash=False)
-    requests: tuple[TokenRequest, ...]
-    concurrency: int
+    trial: TrialSpec
     out: str
-
-    @classmethod
-    def of(cls, trial: TrialSpec, out: str) -> RecordSpec:
-        """The same run as `trial`."""
-        return cls(trial.model, trial.overrides, trial.requests, trial.concurrency, out)
 
 
 def record_workload(spec: RecordSpec) -> dict[str, Any]:
-    """Serve the workload once and write its routing to `spec.out`. Runs in a trial's process (`TrialRunner.run`).
+    """Serve the workload once and write its routing. Runs in a trial's process (`TrialRunner.run`).
 
     The gate lookahead is in the trace where the model's routers can be asked.
 
     Raises:
         ExpertFlowError: the engine cannot be loaded, or the routing of this model cannot be recorded.
     """
-    from transformers.utils import logging
-
-    import runtime
     from harness.measure.runner import serve
 
-    logging.disable_progress_bar()
-    with runtime.load(spec.model, overrides={**spec.overrides, "prefetch.on_trial": False}) as engine:
+    with loaded(spec.trial) as (engine, _):
         engine.start_trace(lookahead=min(LOOKAHEAD, engine.routing_shape[0]))
-        serve(engine, spec.requests, spec.concurrency)
+        serve(engine, spec.trial.requests, spec.trial.concurrency)
         trace = engine.trace()
         write_trace(spec.out, trace)
         return {"path": spec.out, "num_tokens": trace.num_tokens, "notes": list(engine.notes)}

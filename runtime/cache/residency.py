@@ -19,7 +19,7 @@ from runtime.cache import steps as compiled
 from runtime.cache import timeline
 from runtime.cache.policies import FORESEEING, ORACLE, POLICIES, TD_CONTEXT, Policy
 from runtime.cache.steps import DEFERRED, NUM_FREE, Count, IntArray, flat, new_state
-from runtime.cache.timeline import FloatArray, Link, Steps, Times, new_link
+from runtime.cache.timeline import FloatArray, Link, Steps, Times
 from runtime.errors import BudgetError
 from runtime.vocabulary import Load, LoadReason, Lookup, Plan
 
@@ -147,17 +147,17 @@ class Residency:
         self._is_stale[:] = True
         return self.plan_prefetch(-1, wanted.tolist(), (wanted // self.num_experts + 1).tolist())
 
-    def replay(self, layer_steps: Steps, times: Times, link: Link | None = None) -> FloatArray:
+    def replay(self, layer_steps: Steps, times: Times, link: Link) -> FloatArray:
         """Run passes on a virtual clock: what the coordinator would do of them with a `SimulatedTransfer`.
 
         Args:
-            link: goes on from where it is; None: a new one, for passes that leave nothing under way.
+            link: goes on from where it is.
 
         Returns:
-            [passes, 4]: when each pass ended; and, so far, seconds waited, seconds that the link was busy, loads that
-            ended.
+            [passes, 5]: when each pass ended; and, so far, seconds waited, seconds that the link was busy, loads that
+            ended, and of these the cold ones.
         """
-        return timeline.replay(self._flat, link or new_link(self.num_slots), self._policy, layer_steps, times)
+        return timeline.replay(self._flat, link, self._policy, layer_steps, times)
 
     @property
     def num_free(self) -> int:

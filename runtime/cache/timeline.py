@@ -18,6 +18,7 @@ from numba import njit
 from runtime.cache import steps
 from runtime.cache.policies import SOURCE
 from runtime.cache.steps import DEFERRED, EXPERT, LAYER, IntArray, State, plan_ahead, plan_wave
+from runtime.transfer.simulated import COLD_LOADS
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -49,13 +50,15 @@ class Times(NamedTuple):
     """What things take, in seconds of virtual time.
 
     Attributes:
-        load_s: the link is busy with one expert. slowdown: computing takes that much longer while it is busy.
+        load_s: the link is busy with one expert. cold_s: and longer with each of the first `COLD_LOADS` after it idled.
+        slowdown: computing takes that much longer while it is busy.
         pass_s: [passes], the end of a pass. layer_s: [passes], a layer step up to its experts.
         ahead_s: [passes], forecasting at a layer step, its demand loads being under way already.
         expert_s: like `Steps.demand`, computing that expert.
     """
 
     load_s: float
+    cold_s: float
     slowdown: float
     pass_s: FloatArray
     layer_s: FloatArray
@@ -63,10 +66,12 @@ class Times(NamedTuple):
     expert_s: FloatArray
 
 
-# Of each pass: when it ended; the totals so far of seconds waited, seconds that the link was busy, loads that ended.
-NOW_S, STALL_S, BUSY_S, NUM_LOADS = 0, 1, 2, 3
+# Of each pass: when it ended; the totals so far of seconds waited, seconds that the link was busy, loads that ended,
+# and of these the cold ones.
+NOW_S, STALL_S, BUSY_S, NUM_LOADS, NUM_COLD = 0, 1, 2, 3, 4
 
-_END_S, _FREE = 4, -1  # in `Link.clock` after these four: when the load under way ends; in `Link.current`: none is
+_END_S, _TAKES_S = 5, 6  # in `Link.clock` after these: when the load under way ends, and how long it takes
+_FREE = -1  # in `Link.current`: no load is under way
 _DEMAND, _PREFETCH = 0, 1  # the queues
 _NONE = -1
 
@@ -75,7 +80,7 @@ class Link(NamedTuple):
     """One link and its queues. A load is known by its slot and its ticket; one whose ticket has gone was cancelled."""
 
     clock: FloatArray
-    current: IntArray  # the slot that is being filled, and tickets given out so far
+    current: IntArray  # the slot that is being filled, tickets given out so far, loads begun since the link was idle
     ticket: IntArray  # per slot, of the load that is queued for it; _NONE: none is
     arrived: npt.NDArray[np.bool_]  # per slot: its last load has ended
     ends: IntArray  # [queue, first and one past the last]
@@ -85,8 +90,8 @@ class Link(NamedTuple):
 def new_link(num_slots: int) -> Link:
     """An idle link at time 0."""
     return Link(
-        clock=np.zeros(5),
-        current=np.array([_FREE, 0]),
+        clock=np.zeros(7),
+        current=np.array([_FREE, 0, 0]),
         ticket=np.full(num_slots, _NONE),
         arrived=np.zeros(num_slots, np.bool_),
         ends=np.zeros((2, 2), np.int64),
@@ -113,9 +118,12 @@ def _put(link, slot, queue):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _start_next(link, load_s):  # type: ignore[no-untyped-def]
+def _start_next(link, link_s):  # type: ignore[no-untyped-def]
     """Begin the next load, demand first; at the end of the one before it, or now where the link was idle."""
-    at_s = max(link.clock[NOW_S], link.clock[_END_S]) if link.current[0] == _FREE else link.clock[_END_S]
+    at_s = link.clock[_END_S]
+    if link.current[0] == _FREE:
+        at_s = max(link.clock[NOW_S], at_s)
+        link.current[2] = 0
     link.current[0] = _FREE
     for queue in range(2):
         while link.ends[queue, 0] < link.ends[queue, 1]:
@@ -125,49 +133,52 @@ def _start_next(link, load_s):  # type: ignore[no-untyped-def]
             if link.ticket[slot] == link.queue[queue, place, 1]:
                 link.ticket[slot] = _NONE
                 link.current[0] = slot
-                link.clock[_END_S] = at_s + load_s
+                link.current[2] += 1
+                link.clock[_TAKES_S] = link_s[0] + (link_s[1] if link.current[2] <= COLD_LOADS else 0.0)
+                link.clock[_END_S] = at_s + link.clock[_TAKES_S]
                 return
 
 
 @njit
-def _end_current(link, load_s):  # type: ignore[no-untyped-def]
+def _end_current(link, link_s):  # type: ignore[no-untyped-def]
     link.clock[NOW_S] = max(link.clock[NOW_S], link.clock[_END_S])
-    link.clock[BUSY_S] += load_s
+    link.clock[BUSY_S] += link.clock[_TAKES_S]
     link.clock[NUM_LOADS] += 1
+    link.clock[NUM_COLD] += link.current[2] <= COLD_LOADS
     slot = link.current[0]
     if link.ticket[slot] == _NONE:
         link.arrived[slot] = True
-    _start_next(link, load_s)
+    _start_next(link, link_s)
 
 
 @njit
-def _advance(link, seconds, load_s, slowdown):  # type: ignore[no-untyped-def]
+def _advance(link, seconds, link_s, slowdown):  # type: ignore[no-untyped-def]
     """Compute for `seconds` while the link goes on, for longer where it is busy."""
     stretch = 1.0 + slowdown
     until_s = link.clock[NOW_S] + (seconds if link.current[0] == _FREE else seconds * stretch)
     while link.current[0] != _FREE and link.clock[_END_S] <= until_s:
         ended_s = link.clock[_END_S]
-        _end_current(link, load_s)
+        _end_current(link, link_s)
         if link.current[0] == _FREE and stretch > 1.0:
             until_s = ended_s + (until_s - ended_s) / stretch
     link.clock[NOW_S] = until_s
 
 
 @njit
-def _act(state, link, demand, kinds, slots, load_s):  # type: ignore[no-untyped-def]
+def _act(state, link, demand, kinds, slots, link_s):  # type: ignore[no-untyped-def]
     """Submit the loads of a wave, and let what is coming already overtake the prefetches."""
     for i in range(demand.size):
         if kinds[i] == 0:
             _put(link, slots[i], _DEMAND)
     if link.current[0] == _FREE:
-        _start_next(link, load_s)
+        _start_next(link, link_s)
     for i in range(demand.size):
         if kinds[i] == 1 and link.ticket[slots[i]] != _NONE:
             _put(link, slots[i], _DEMAND)
 
 
 @njit
-def _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, load_s):  # type: ignore[no-untyped-def]
+def _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, link_s):  # type: ignore[no-untyped-def]
     """Prefetch what is wanted as far as there are slots; how much of it, moved to the front, still waits for one."""
     slots = np.empty(num_wanted, np.int64)
     plan_ahead(state, policy, layer, wanted[:num_wanted], steps_ahead[:num_wanted], slots)
@@ -175,7 +186,7 @@ def _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, loa
         if slots[i] >= 0:
             _put(link, slots[i], _PREFETCH)
     if link.current[0] == _FREE:
-        _start_next(link, load_s)
+        _start_next(link, link_s)
     num_left = 0
     for i in range(num_wanted):
         if state.experts[wanted[i]].slot_of < 0:
@@ -185,13 +196,13 @@ def _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, loa
 
 
 @njit
-def _compute(state, link, layer, demand, is_in, expert_s, load_s, slowdown):  # type: ignore[no-untyped-def]
+def _compute(state, link, layer, demand, is_in, expert_s, link_s, slowdown):  # type: ignore[no-untyped-def]
     """Compute the experts that `is_in` names, then give back their leases."""
     seconds = 0.0
     for i in range(demand.size):
         if is_in[i]:
             seconds += expert_s[i]
-    _advance(link, seconds, load_s, slowdown)
+    _advance(link, seconds, link_s, slowdown)
     for i in range(demand.size):
         if is_in[i]:
             state.experts[demand[i]].leases -= 1
@@ -200,7 +211,7 @@ def _compute(state, link, layer, demand, is_in, expert_s, load_s, slowdown):  # 
 
 @njit
 def _arrivals(  # type: ignore[no-untyped-def]
-    state, link, policy, layer, demand, scratch, expert_s, wanted, steps_ahead, num_wanted, load_s, slowdown
+    state, link, policy, layer, demand, scratch, expert_s, wanted, steps_ahead, num_wanted, link_s, slowdown
 ):  # fmt: skip
     """Compute one wave as its experts are ready; what still waits to be prefetched."""
     kinds, slots, is_in = scratch
@@ -210,9 +221,9 @@ def _arrivals(  # type: ignore[no-untyped-def]
         num_hits += is_in[i]
         num_awaited += kinds[i] < 2
     if num_hits > 0:
-        _compute(state, link, layer, demand, is_in, expert_s, load_s, slowdown)
+        _compute(state, link, layer, demand, is_in, expert_s, link_s, slowdown)
         if num_wanted > 0:
-            num_wanted = _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, load_s)
+            num_wanted = _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, link_s)
     while num_awaited > 0:
         began_s, num_arrived = link.clock[NOW_S], 0
         while True:
@@ -221,22 +232,22 @@ def _arrivals(  # type: ignore[no-untyped-def]
                 num_arrived += is_in[i]
             if num_arrived > 0:
                 break
-            _end_current(link, load_s)
+            _end_current(link, link_s)
         link.clock[STALL_S] += link.clock[NOW_S] - began_s
         for i in range(demand.size):
             if is_in[i]:
                 state.experts[demand[i]].ready = True
                 kinds[i] = 2
         num_awaited -= num_arrived
-        _compute(state, link, layer, demand, is_in, expert_s, load_s, slowdown)
+        _compute(state, link, layer, demand, is_in, expert_s, link_s, slowdown)
         if num_wanted > 0:
-            num_wanted = _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, load_s)
+            num_wanted = _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, link_s)
     return num_wanted
 
 
 @njit
 def _layer_step(  # type: ignore[no-untyped-def]
-    state, link, policy, layer, demand, tokens, num_tokens, scratch, wanted, steps_ahead, ahead_s, expert_s, load_s,
+    state, link, policy, layer, demand, tokens, num_tokens, scratch, wanted, steps_ahead, ahead_s, expert_s, link_s,
     slowdown,
 ):  # fmt: skip
     """`Coordinator.serve` and the computing of what it yields."""
@@ -246,21 +257,21 @@ def _layer_step(  # type: ignore[no-untyped-def]
         if slot >= 0 and link.arrived[slot]:
             state.experts[demand[i]].ready = True
     plan_wave(state, policy, layer, demand, tokens, num_tokens, True, kinds, slots)
-    _act(state, link, demand, kinds, slots, load_s)
-    _advance(link, ahead_s, load_s, slowdown)
+    _act(state, link, demand, kinds, slots, link_s)
+    _advance(link, ahead_s, link_s, slowdown)
     num_wanted = wanted.size
     if num_wanted > 0:
-        num_wanted = _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, load_s)
+        num_wanted = _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, link_s)
     while True:
         deferred = _deferred(kinds, demand.size)
         num_wanted = _arrivals(
-            state, link, policy, layer, demand, scratch, expert_s, wanted, steps_ahead, num_wanted, load_s, slowdown
+            state, link, policy, layer, demand, scratch, expert_s, wanted, steps_ahead, num_wanted, link_s, slowdown
         )
         if deferred.size == 0:
             return
         demand, expert_s = demand[deferred], expert_s[deferred]
         plan_wave(state, policy, layer, demand, tokens[: demand.size], num_tokens, False, kinds, slots)
-        _act(state, link, demand, kinds, slots, load_s)
+        _act(state, link, demand, kinds, slots, link_s)
 
 
 @njit
@@ -281,14 +292,15 @@ def _compile(sources: str) -> Callable[..., FloatArray]:
     def compiled(  # type: ignore[no-untyped-def]
         experts, layers, expert_in, follows, counts, scalars, clock, current, ticket, arrived, ends, queue, policy,
         events, demand, tokens, num_tokens, future, wanted_starts, wanted, steps_ahead,
-        load_s, slowdown, pass_s, layer_s, ahead_s, expert_s,
+        load_s, cold_s, slowdown, pass_s, layer_s, ahead_s, expert_s,
     ):  # fmt: skip
         """See `replay`."""
         len(sources)
         state = State(experts.view(EXPERT), layers.view(LAYER), expert_in, follows, counts, scalars)
         link = Link(clock, current, ticket, arrived, ends, queue)
         num_layers = state.layers.size
-        out = np.empty((num_tokens.size, 4))
+        out = np.empty((num_tokens.size, 5))
+        link_s = (load_s, cold_s)
         nothing = np.zeros(0, np.int64)
         per_layer = state.experts.size // num_layers
         scratch = np.empty(per_layer, np.int64), np.empty(per_layer, np.int64), np.empty(per_layer, np.bool_)
@@ -302,21 +314,21 @@ def _compile(sources: str) -> Callable[..., FloatArray]:
                     ahead = steps_ahead[wanted_starts[ask] : wanted_starts[ask + 1]].copy()
                 if turn == 0:
                     if goal.size > 0:
-                        _load_ahead(state, link, policy, -1, goal, ahead, goal.size, load_s)
+                        _load_ahead(state, link, policy, -1, goal, ahead, goal.size, link_s)
                     continue
                 event = number * num_layers + turn - 1
                 start, end = events[event], events[event + 1]
                 for i in range(start, min(end, future.size)):
                     state.experts[demand[i]].next_demand = future[i]
-                _advance(link, layer_s[number], load_s, slowdown)
+                _advance(link, layer_s[number], link_s, slowdown)
                 _layer_step(
                     state, link, policy, turn - 1, demand[start:end], tokens[start:end], num_tokens[number],
-                    scratch, goal, ahead, ahead_s[number], expert_s[start:end], load_s, slowdown,
+                    scratch, goal, ahead, ahead_s[number], expert_s[start:end], link_s, slowdown,
                 )  # fmt: skip
-            _advance(link, pass_s[number], load_s, slowdown)
-            out[number] = clock[:4]
+            _advance(link, pass_s[number], link_s, slowdown)
+            out[number] = clock[:5]
             if current[0] != _FREE:  # the load under way counts as far as it has come
-                out[number, BUSY_S] += load_s - (clock[_END_S] - clock[NOW_S])
+                out[number, BUSY_S] += clock[_TAKES_S] - (clock[_END_S] - clock[NOW_S])
         return out
 
     return compiled
@@ -331,6 +343,6 @@ def replay(
     """Run passes one after the other on `state` (`steps.flat`) and `link`, which both go on from where they are.
 
     Returns:
-        [passes, 4], see `NOW_S` and its neighbours.
+        [passes, 5], see `NOW_S` and its neighbours.
     """
     return _compiled(*state, *link, policy, *layer_steps, *times)

@@ -8,6 +8,9 @@ from runtime.transfer.base import Transfer, TransferStats
 from runtime.transfer.queue import LoadQueue, LoadState, QueuedLoad
 from runtime.vocabulary import Load
 
+COLD_LOADS = 8
+"""Loads after the link was idle that may take longer: neither it nor who waits for it is at speed yet."""
+
 
 class SimulatedTransfer(Transfer):
     """Loads experts in virtual time, one after another; nothing is moved, nothing ever fails.
@@ -16,14 +19,21 @@ class SimulatedTransfer(Transfer):
         load_s: virtual seconds that the link is busy with one expert.
         load_bytes: bytes that `stats().num_bytes` counts per load.
         slowdown: computing takes that much longer, as a share, while a load is under way.
+        cold_s: what each of the first `COLD_LOADS` loads takes in addition.
     Only `advance`, `wait_any` and `drain` move its clock.
+
+    Attributes:
+        num_cold: loads that ended and were cold, since the start.
     """
 
-    def __init__(self, load_s: float, load_bytes: int = 0, slowdown: float = 0.0) -> None:
-        if load_s < 0 or load_bytes < 0 or slowdown < 0:
-            raise ValueError(f"{load_s} s and {load_bytes} bytes a load, slowdown {slowdown}: all must be 0 or more")
+    def __init__(self, load_s: float, load_bytes: int = 0, slowdown: float = 0.0, cold_s: float = 0.0) -> None:
+        if min(load_s, load_bytes, slowdown, cold_s) < 0:
+            raise ValueError(
+                f"{load_s} and {cold_s} s and {load_bytes} bytes a load, slowdown {slowdown}: all must be 0 or more"
+            )
         self._now_s = 0.0
         self._load_s, self._load_bytes, self._stretch = load_s, load_bytes, 1.0 + slowdown
+        self._cold_s, self._num_since_idle, self.num_cold = cold_s, 0, 0
         self._queue = LoadQueue()
         self._current: QueuedLoad | None = None
         self._started_s = 0.0
@@ -54,6 +64,7 @@ class SimulatedTransfer(Transfer):
             raise ValueError("the transfer is closed")
         self._queue.put(loads, lambda _: 1)
         if self._current is None:
+            self._num_since_idle = 0
             self._start_next(self._now_s)
 
     def promote(self, expert: int) -> None:
@@ -106,13 +117,18 @@ class SimulatedTransfer(Transfer):
 
     @property
     def _end_s(self) -> float:
-        return self._started_s + self._load_s
+        return self._started_s + self._load_s + (self._cold_s if self._is_cold else 0.0)
+
+    @property
+    def _is_cold(self) -> bool:
+        return self._num_since_idle <= COLD_LOADS
 
     def _start_next(self, at_s: float) -> None:
         taken = self._queue.take()
         self._current = taken[0] if taken is not None else None
         self._started_s = self._busy_since_s = at_s
         if taken is not None:
+            self._num_since_idle += 1
             self._stats.num_bytes += self._load_bytes
 
     def _end_current(self) -> None:
@@ -120,5 +136,6 @@ class SimulatedTransfer(Transfer):
         self._now_s = max(self._now_s, self._end_s)
         self._queue.finish(self._current)
         self._stats.num_loads += 1
+        self.num_cold += self._is_cold
         self._stats.busy_s += self._end_s - self._busy_since_s
         self._start_next(self._end_s)

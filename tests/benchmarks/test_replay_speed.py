@@ -14,7 +14,8 @@ import pytest
 
 from harness.fitting.base import rows_of
 from harness.measure.prediction import in_request_order, ranked
-from harness.measure.replay import Schedule, Setting, Timing, predictor_of, replay
+from harness.measure.replay import Setting, Timing, predictor_of, replay
+from harness.measure.schedule import Schedule
 from runtime.schedulers.partition import distinct_experts, partition
 from runtime.trace import RoutingTrace
 

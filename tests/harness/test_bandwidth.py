@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_the_curve_has_every_size_that_fits_and_the_exact_expert(blob: Path, dis
     assert all(series.latency_s == pytest.approx(1e-4, abs=1e-6) for series in curve.series)
     unloaded = [series for series in curve.series if not series.under_load]
     assert curve.best_bytes_per_s == max(point.bytes_per_s for series in unloaded for point in series.points)
-    assert json.loads(json.dumps(curve.as_dict()))["engine_bytes_per_s"] == 1e9
+    assert json.loads(json.dumps(asdict(curve)))["engine_bytes_per_s"] == 1e9
 
 
 def test_sizes_for_which_there_is_no_time_are_left_out_but_the_expert_s_is_not(blob: Path, disk: VirtualDisk) -> None:

@@ -1,4 +1,4 @@
-"""The time of one expert: measured on real kernels, interpolated between what was measured."""
+"""The time of one expert, measured on real kernels."""
 
 from __future__ import annotations
 
@@ -11,51 +11,9 @@ import torch
 from transformers import GptOssConfig, NemotronHConfig
 
 from harness.hardware import compute
-from harness.hardware.compute import TOKENS, ExpertTime, computing, expert_seconds, measure_experts
-from runtime.errors import UsageError
+from harness.hardware.compute import TOKENS, computing, measure_experts
 from runtime.experts import KERNELS
 from runtime.model import meta_model
-
-TIMES = (
-    ExpertTime("eager", 1, 1, 10.0),
-    ExpertTime("eager", 1, 4, 16.0),
-    ExpertTime("eager", 1, 8, 20.0),
-    ExpertTime("eager", 4, 1, 4.0),
-    ExpertTime("gemv", 1, 2, 3.0),
-)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "threads", "num_tokens", "seconds"),
-    [
-        ("eager", 1, 1, 10.0),
-        ("eager", 1, 2, 12.0),
-        ("eager", 1, 8, 20.0),
-        ("eager", 1, 18, 30.0),  # along the line through 4 and 8 tokens
-        ("eager", 2, 1, 8.0),  # between 1 and 4 threads
-        ("eager", 16, 1, 4.0),
-        ("gemv", 2, 1, 3.0),
-        ("gemv", 1, 6, 9.0),  # one point only: in proportion
-    ],
-)
-def test_times_between_and_beyond_what_was_measured(kernel: str, threads: int, num_tokens: int, seconds: float) -> None:
-    assert expert_seconds(TIMES, kernel, threads, num_tokens) == pytest.approx(seconds)
-
-
-def test_times_that_fall_do_not_become_negative() -> None:
-    falling = [ExpertTime("eager", 1, 32, 5.0), ExpertTime("eager", 1, 64, 3.0)]
-    assert expert_seconds(falling, "eager", 1, 1000) == 3.0
-
-
-def test_a_time_that_was_disturbed_is_not_believed() -> None:
-    times = [ExpertTime("eager", 2, *point) for point in ((1, 3.0), (2, 90.0), (4, 2.0), (8, 4.0), (16, 400.0))]
-    expected = {1: 3.0, 2: 2.0, 4: 2.0, 8: 4.0, 16: 400.0}
-    assert {tokens: expert_seconds(times, "eager", 2, tokens) for tokens in expected} == expected
-
-
-def test_an_unknown_kernel_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="'tensor'; there are: eager, gemv"):
-        expert_seconds(TIMES, "tensor", 1, 1)
 
 
 def test_every_kernel_and_number_of_threads_is_timed(tiny_checkpoint: Path) -> None:

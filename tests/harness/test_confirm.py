@@ -85,12 +85,13 @@ def test_a_finalist_that_fails_drops_out_with_the_reason() -> None:
     contenders = Scripted(lambda name, segment: crash if (name, segment) == ("B", 1) else ok(7 if name == "B" else 9))
     found = contenders.confirm("AB")
     assert found.params == {"name": "A"} and "finalist 2 ended with crash" in found.screening[1].failure
-    assert found.screening[1].ratio is None and "B2" not in contenders.events
+    assert found.screening[1].ratio is None and "B2" not in contenders.events and found.failed == ({"name": "B"},)
 
 
 def test_nobody_left_is_no_proof() -> None:
     found = Scripted(lambda name, segment: ok(1.0) if name == "D" else Outcome(Kind.TIMEOUT, "60 s")).confirm("AB")
     assert not found.is_proven and found.ratio is None and "finalist 2 ended with timeout" in found.failure
+    assert found.failed == ({"name": "A"}, {"name": "B"})
 
 
 def test_a_finalist_that_fails_in_the_test_proves_nothing() -> None:
@@ -104,7 +105,7 @@ def test_a_finalist_that_fails_in_the_test_proves_nothing() -> None:
 def test_a_default_that_fails_ends_it(finalists: str) -> None:
     contenders = Scripted(lambda name, segment: Outcome(Kind.CRASH, "gone") if name == "D" else ok(1.0))
     found = contenders.confirm(finalists)
-    assert "the default ended with crash" in found.failure and found.ratio is None and not found.is_proven
+    assert "the default ended with crash" in found.failure and not found.is_proven and not found.failed
     assert [event for event in contenders.events if event[0] not in "+-"] == ["D0"]
 
 

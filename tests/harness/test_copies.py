@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -154,6 +155,8 @@ def test_pinned_memory_that_is_refused_is_halved_and_said() -> None:
     one = copies.series[0]
     assert one.points[-1].num_bytes == 256 << 20 and one.problem == "537 MB refused: out of memory"
     assert copies.series[-1].points[-1].num_bytes == 1 << 30 and not copies.series[-1].problem
+    tight = _measure(FakeDevice(refuse_above=EXPERT_BYTES), budget_s=5.0)
+    assert tight.series[0].points[-1].num_bytes == EXPERT_BYTES
 
 
 def test_without_pinned_memory_there_is_no_verdict_but_the_pageable_curve() -> None:
@@ -161,7 +164,7 @@ def test_without_pinned_memory_there_is_no_verdict_but_the_pageable_curve() -> N
     assert [bool(one.points) for one in copies.series] == [False] * 6 + [True] * 2
     assert all("refused: out of memory" in one.problem for one in copies.series[:6])
     assert copies.judge(read_gpus(FakeNvml()).gpus[0]).verdict is Verdict.UNMEASURABLE
-    assert json.loads(json.dumps(copies.as_dict()))["series"][0]["points"] == []
+    assert json.loads(json.dumps(asdict(copies)))["series"][0]["points"] == []
 
 
 def test_bytes_that_come_back_changed_are_not_timed() -> None:

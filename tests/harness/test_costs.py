@@ -26,6 +26,13 @@ def test_expert_times_lie_on_the_measured_points_and_their_last_line() -> None:
     assert prior().expert_s("gemv", 1, np.array([1, 3])) == pytest.approx([5e-5, 15e-5])  # one point: in proportion
 
 
+def test_expert_times_that_were_disturbed_are_not_believed_and_do_not_become_negative() -> None:
+    measured = {1: 3.0, 2: 90.0, 4: 2.0, 8: 4.0, 16: 400.0, 32: 5.0, 64: 3.0}
+    costs = Costs.prior({1: 1e-3}, [("eager", 1, *point) for point in measured.items()], dense_layer_experts=2.0)
+    assert costs.experts["eager/1"] == {1: 3.0, 2: 2.0, 4: 2.0, 8: 4.0, 16: 3.0, 32: 5.0, 64: 3.0}
+    assert costs.expert_s("eager", 1, np.array([1000])) == pytest.approx([3.0])
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
@@ -69,9 +76,13 @@ def test_many_times_tell_coefficients_apart() -> None:
         seconds = sum(truth[path] * number for path, number in units.items()) + 0.5 * slowed_s + 0.3
         rows.append(Row({**units, "slowdown/1": slowed_s}, 0.3, seconds, trial))
     rows[0] = rows[0]._replace(measured_s=20 * rows[0].measured_s)  # something else ran meanwhile
-    after = fitted(before, rows, [("load/1/1", 3e-3), ("load/1/1", 3.3e-3), ("load/4/2", 1e-3)])
+    loads = [
+        Row({path: 1.0}, 0.0, seconds, number)
+        for number, (path, seconds) in enumerate([("load/1/1", 3e-3), ("load/1/1", 3.3e-3), ("load/4/2", 1e-3)])
+    ]
+    after = fitted(before, rows, loads)
     assert [after.of(path) for path in paths] == pytest.approx([truth[path] for path in paths], rel=0.12)
-    assert after.of("slowdown/1") == pytest.approx(0.5, rel=0.1)
+    assert after.of("slowdown/1") == pytest.approx(0.5, rel=0.2)
     assert after.of("load/1/1") == pytest.approx(3.15e-3, rel=0.05)
     assert after.of("load/4/2") == pytest.approx(1e-3, rel=0.05)
     assert after.of("load/2/1") > 2 * before.of("load/2/1")  # never measured, but slower like the others

@@ -84,14 +84,15 @@ def test_pairs_are_measured_in_turns_and_only_once() -> None:
     configurations = [{"slots": n} for n in (1, 2, 3, 4)]
     log = Log()
     pairs = measured_pairs(configurations, log)
-    assert log.order == [0, 1, 2, 0, 0, 3, 4, 0]
-    assert [pair.configuration.measurement.latency_ms_p50 for pair in pairs] == [1, 2, 3, 4]
-    assert {pair.default.measurement.latency_ms_p50 for pair in pairs} == {100}
+    assert log.order == [0, 1, 1, 0, 0, 2, 2, 0, 0, 3, 3, 0, 0, 4, 4, 0]
+    both = [pair.runs({"slots": pair.number}, DEFAULT) for pair in pairs]
+    assert [(len(mine.runs), mine.latency_ms_p50) for mine, _ in both] == [(2, 1), (2, 2), (2, 3), (2, 4)]
+    assert {(len(other.runs), other.latency_ms_p50) for _, other in both} == {(2, 100)}
     kept = [json.dumps(pair.as_dict()) for pair in pairs]
     assert [json.dumps(Pair.of(json.loads(pair)).as_dict()) for pair in kept] == kept
     again = Log()
     assert sorted(pair.number for pair in measured_pairs(configurations, again, [pairs[0], pairs[2]])) == [0, 1, 2, 3]
-    assert again.order == [2, 0, 4, 0]
+    assert again.order == [0, 2, 2, 0, 0, 4, 4, 0]
 
 
 @dataclass
@@ -118,7 +119,10 @@ def test_the_simulator_sees_the_first_pairs_alone() -> None:
     pairs = measured_pairs(configurations, Log(fails=(20,)))
     simulator = calibrated(Linear(), overrides, configurations, DEFAULT, pairs, 2)
     assert isinstance(simulator, Linear)
-    assert [(seen["cache.slots"], run.latency_ms_p50) for seen, run in simulator.seen] == [(0, 100), (10, 10)]
+    assert [(seen["cache.slots"], run.latency_ms_p50) for seen, run in simulator.seen] == [
+        *[(10, 10)] * 2,
+        *[(0, 100)] * 2,
+    ]
 
 
 def test_a_row_has_what_was_measured_and_what_was_foretold() -> None:
@@ -205,8 +209,8 @@ def test_a_file_of_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     results.save()
     reopened = Results.open(path, {"seed": 0})
     assert reopened.configurations == [{"slots": 1}]
-    assert [pair.configuration.measurement for pair in reopened.pairs] == [
-        pair.configuration.measurement for pair in results.pairs
+    assert [[one.measurement for one in pair.configuration] for pair in reopened.pairs] == [
+        [one.measurement for one in pair.configuration] for pair in results.pairs
     ]
     with pytest.raises(UsageError, match="seed 0, now 1"):
         Results.open(path, {"seed": 1})

@@ -55,14 +55,20 @@ def guard(where: Space, limit_bytes: int = 43 * MIB) -> MemoryGuard:
     return MemoryGuard(MODEL, MODEL, where, limit_bytes)
 
 
-def guide(where: Space, simulator: Simulator, limits: Limits | None = None, **options: Any) -> Guide:
+def guide(
+    where: Space,
+    simulator: Simulator,
+    limits: Limits | None = None,
+    objective: Objective = Objective.LATENCY,
+    **options: Any,
+) -> Guide:
     return Guide(
         where,
         simulator,
         where.overrides,
         guard(where),
         limits or Limits(43 * MIB),
-        Objective.LATENCY,
+        objective,
         explore,
         num_simulated=60,
         **options,
@@ -118,18 +124,29 @@ def test_the_first_round_holds_the_optimum_of_what_fits_and_smaller_ones() -> No
     assert all(watch.allows(params) for params in proposed)
 
 
-def test_rounds_follow_only_when_what_was_proposed_has_run_and_the_sampler_has_had_its_turn() -> None:
+def test_between_two_rounds_the_sampler_has_its_turn() -> None:
     where = narrow()
     lead = guide(where, Simulator())
+    assert lead.propose([], []) == []  # the default comes first
     done = [where.default]
-    first = lead.propose(records(where, done), [tried(where, where.default)])
-    done += first[:-1]
-    assert lead.propose(records(where, done), [tried(where, params) for params in done]) == []
-    done.append(first[-1])
+    done += lead.propose(records(where, done), [tried(where, where.default)])
     measured = [tried(where, params) for params in done]
-    assert lead.propose(records(where, done), measured) == []  # the sampler's
+    assert lead.propose(records(where, done), measured) == []
     second = lead.propose(records(where, done), measured)
     assert len(second) == LATER_ROUND and not [params for params in second if params in done]
+
+
+def test_for_memory_what_is_much_slower_than_the_default_is_not_the_best() -> None:
+    where = narrow()
+
+    class Cliff(Simulator):
+        def run(self, overrides: Mapping[str, Any]) -> Foretold:
+            return Foretold(100.0 if overrides["cache.slots"] >= 14 else 200.0)
+
+    proposed = guide(where, Cliff(), objective=Objective.MEMORY).propose(
+        records(where, [where.default]), [tried(where, where.default)]
+    )
+    assert [params["slots"] for params in proposed[: FIRST_ROUND // 2]] == [14] * (FIRST_ROUND // 2)
 
 
 def test_it_is_calibrated_by_every_run_before_each_round() -> None:

@@ -35,3 +35,13 @@ def test_another_thread_cannot_listen_and_goes_on() -> None:
     thread.start()
     thread.join()
     assert entered == [False]
+
+
+def test_what_heeds_it_is_not_begun_any_more() -> None:
+    stop = StopRequest()
+    double = stop.heeded(lambda number: 2 * number)
+    with stop.listening(lambda text: None):
+        assert double(21) == 42
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            double(21)

@@ -106,7 +106,8 @@ def test_everything_is_read() -> None:
         "foreign_processes": (7, 12),
         "numa_node": 1,
     }
-    assert json.loads(json.dumps(readings.as_dict()))["gpus"][0]["name"] == {"value": "Fake GPU", "status": "ok"}
+    told = json.loads(json.dumps(dataclasses.asdict(readings)))
+    assert told["gpus"][0]["name"] == {"value": "Fake GPU", "status": "ok"}
 
 
 @pytest.mark.parametrize(("code", "status"), STATUSES.items())

@@ -123,6 +123,12 @@ def test_the_list_shows_the_front_within_the_limits_and_writes_nothing(
     assert [path.name for path in (tmp_path / "R").iterdir()] == ["run.json"]
 
 
+def test_the_list_leaves_out_what_failed_beside_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_file(RECORDS, DEFAULT, failed=(dict(FASTEST.params),))
+    assert pick.main([*write(tmp_path / "R", run), "--list"]) == 0
+    assert f" {FASTEST.latency_ms_p50:.1f} " not in capsys.readouterr().out
+
+
 def test_a_run_in_which_nothing_ran_has_nothing_to_pick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = write(tmp_path / "R", run_file([], None))
     assert pick.main(given) == 2 and "no configuration of this run ever ran" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from harness.measure.prediction import (
     ratios,
     recorded_ranks,
 )
-from harness.measure.replay import Schedule
+from harness.measure.schedule import Schedule
 from harness.predict import main
 from runtime.errors import UsageError
 from runtime.predictors.artifact import Artifact, RoutingShape, write_artifact

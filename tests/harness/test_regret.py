@@ -183,14 +183,14 @@ def test_the_command_comes_close_to_the_optimum_and_goes_on_where_it_was(
 ) -> None:
     out = tmp_path / "regret.json"
     fixed = [f"--set={key}={value}" for key, value in SMALL.items()]
-    arguments = ["--trials=12", "--tokens=4", "--concurrency=2", f"--out={out}", *fixed]
+    arguments = ["--trials=28", "--tokens=4", "--concurrency=2", f"--out={out}", *fixed]
     assert main(["--seeds=2", "--jobs=2", *arguments]) == 0
     first = json.loads(out.read_text())
     assert {row["seed"] for row in first["searches"]} == {0, 1} == {int(seed) for seed in first["optima"]}
     table = pd.read_csv(out.with_suffix(".csv"))
     assert (table["regret"] >= 0).all()
-    assert table["regret"].max() <= 2 * NOISE  # of 64 configurations, a dozen launched, each some two times at most
-    assert (table["num_launched"] <= 12).all()
+    assert table["regret"].max() <= 2 * NOISE  # of 64 configurations, a dozen launched, five of them again
+    assert (table["num_launched"] <= 28).all()
     assert (table["num_infeasible"] <= 3).all()
 
     assert main(["--seeds=2", "--jobs=1", "--samplers=random", "--no-guide", *arguments]) == 0
@@ -200,14 +200,16 @@ def test_the_command_comes_close_to_the_optimum_and_goes_on_where_it_was(
     assert len(second["searches"]) == 4
     capsys.readouterr()
 
-    assert main(["--seeds=2", *arguments, "--trials=13"]) == 2
-    assert "another run (trials 12, now 13)" in capsys.readouterr().err
+    assert main(["--seeds=2", *arguments, "--trials=29"]) == 2
+    assert "another run (trials 28, now 29)" in capsys.readouterr().err
     out.write_text("[]")
     assert main(["--seeds=2", *arguments]) == 2
     assert "no result of harness.regret" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [["--seeds=0"], ["--samplers=brute"], ["--samplers=tpe,genetic"], ["--trials=1"]])
+@pytest.mark.parametrize(
+    "wrong", [["--seeds=0"], ["--samplers=brute"], ["--samplers=tpe,genetic"], ["--trials=1"], ["--out=regret.csv"]]
+)
 def test_what_makes_no_sense_is_one_line(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(wrong) == 2
     assert capsys.readouterr().err.startswith("error: --")

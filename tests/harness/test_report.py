@@ -173,7 +173,7 @@ def test_a_long_front_still_shows_the_choice_and_the_default() -> None:
 def test_the_front_without_a_default_has_no_ratio() -> None:
     where = space()
     table = front_table([Tried({"slots": 4}, (measurement(5.0),))], None, None, where.complete)
-    assert pd.isna(table["latency_ratio"][0]) and "5.0 ms" in front_text(table, where.complete(where.default), 64)
+    assert pd.isna(table["latency_ratio"][0]) and "5.0" in front_text(table, where.complete(where.default), 64)
     assert front_text(front_table([], None, None, where.complete), {}, 64) == ""
 
 
@@ -196,9 +196,10 @@ def test_the_text_plot_puts_marks_where_the_figures_are() -> None:
     assert (x, y) in ((29, 10), (30, 10)) and top == 0 and 0 < excess < x
     assert {row for _, row in marks["-"]} == {4} and len(marks["-"]) == 60
     lines = text.splitlines()
-    assert len(lines) == 19 and max(map(len, lines)) <= 80 and text.isascii()
+    assert len(lines) == 20 and max(map(len, lines)) <= 80 and text.isascii()
+    assert "peak memory" in lines[0] and "latency per output token" in lines[18]
     assert lines[1].split("|")[0].strip() == "700" and lines[15].split("|")[0].strip() == "300"
-    assert lines[17].split() == ["10", "20", "40", "ms"] and "chosen" in lines[18]
+    assert lines[17].split() == ["10", "20", "40", "ms"] and "chosen" in lines[19]
 
 
 def test_there_is_no_text_plot_of_one_point_and_equal_ones_are_no_trouble() -> None:
@@ -226,10 +227,10 @@ def test_every_figure_is_a_png_and_its_ids_are_its_own() -> None:
 
 def test_the_pareto_plot_keeps_what_exceeds_a_limit_off_the_front() -> None:
     tried = [Tried({"slots": n}, (measurement(10.0 / n, n * 10**6),)) for n in (1, 2, 3)]
-    axes = plots.pareto(tried, Limits(max_memory_bytes=2_000_000), tried[1], None).axes[0]
-    line = next(line for line in axes.lines if line.get_label() == "Pareto front")
+    figure = plots.pareto(tried, Limits(max_memory_bytes=2_000_000), tried[1], None)
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "Pareto front")
     assert list(line.get_ydata()) == [2.0, 1.0]
-    assert {text.get_text() for text in axes.get_legend().get_texts()} >= {"exceeds a limit", "memory limit, 2 MB"}
+    assert {text.get_text() for text in figure.legends[0].get_texts()} >= {"exceeds a limit", "memory limit, 2 MB"}
 
 
 def test_the_history_shows_the_best_so_far_and_every_failure() -> None:
@@ -327,6 +328,7 @@ def test_a_run_folder_is_complete_and_can_be_read_back(tmp_path: Path) -> None:
     assert len(pd.read_csv(tmp_path / "R" / "trials.csv")) == 30
     html = (tmp_path / "R" / "report.html").read_text()
     assert "cache.policy=lru" in html and "&lt;C&gt; &amp; D" in html and "12 interleaved pairs" in html
+    assert "m (A, 64 experts)" in html and "--max-memory 600 MB" in html
 
 
 def test_a_run_in_which_nothing_ran_is_written_too(tmp_path: Path) -> None:
@@ -337,7 +339,7 @@ def test_a_run_in_which_nothing_ran_is_written_too(tmp_path: Path) -> None:
     assert load_run(tmp_path / "R").points == () and not (tmp_path / "R" / "pareto.png").exists()
     told = summary(found, None)
     assert told["profile"] is None and told["chosen"] is None and told["trials"] == {"too_large": 1}
-    assert found.text() == "chosen     nothing can be used"
+    assert found.text() == "chosen     nothing can be used\nended      30 trials"
 
 
 @pytest.mark.parametrize("failing", ["run.json", "report.html", "p.yaml"])
@@ -459,7 +461,7 @@ def test_where_nothing_ran_the_outcomes_are_counted() -> None:
     records = [Record(i, {}, Outcome(kind, f"reason {i}"), False) for i, kind in enumerate(kinds)]
     assert failures_text(records) == "1 out of memory, 1 timeout; the last one: reason 1"
     assert failures_text([]) == "nothing was tried"
-    assert outcome_text(Outcome(Kind.WRONG_TOKENS, "differ")) == "wrong tokens: differ"
+    assert outcome_text(Outcome(Kind.WRONG_TOKENS, "differ")) == "wrong tokens"
     assert limits_text(Limits(slo_ttft_ms=1500)) == "--slo-ttft 1500 ms"
 
 
@@ -491,31 +493,35 @@ def test_the_plan_has_every_knob_what_is_fixed_and_how_long_it_takes() -> None:
 
 
 def test_progress_without_a_terminal_is_a_line_for_each_run(capsys: pytest.CaptureFixture[str]) -> None:
-    now = [100.0]
-    progress = Progress(60, None, default={"slots": 4}, clock=lambda: now[0])
+    now, default = [100.0], {"slots": 4, "group": 1}
+    best = Tried({"slots": 8, "group": 1}, (measurement(48.0, 2_000_000),))
+    progress = Progress(60, None, default, clock=lambda: now[0])
     now[0] += 6
-    progress.trial(1, {"slots": 4}, ok(96.0), Tried({"slots": 4}, (measurement(96.0),)), "default")
+    progress.trial(1, default, ok(96.0), Tried(default, (measurement(96.0),)), "default")
     now[0] += 12
     progress.simulated(240)
     now[0] += 2
-    progress.trial(2, {"slots": 8}, ok(48.0), Tried({"slots": 8}, (measurement(48.0, 2_000_000),)), "simulator")
-    progress.trial(3, {"slots": 60}, Outcome(Kind.OUT_OF_MEMORY, "no memory"), None)
+    progress.trial(2, best.params, ok(48.0), best, "simulator")
+    progress.trial(3, {"slots": 60, "group": 1}, Outcome(Kind.TOO_LARGE, "the sum"), None, "sampler")
+    progress.finalists([best.params])
     progress.confirmation("finalist 1", ok(3.14))
+    progress.confirmation("finalist 2", Outcome(Kind.CRASH, "ended by SIGSEGV"))
     progress.close()
-    first, simulated, second, third, last = capsys.readouterr().out.splitlines()
-    assert "default" in first and "best 96.0 ms, 1 MB (1.00x of the default)" in first
-    assert "0:06 gone, 0:54 to go" in first
+    first, simulated, second, third, why, finalist, last, crash, signal = capsys.readouterr().out.splitlines()
+    assert "best 96.0 ms, 1 MB (1.00x default)" in first and first.endswith("0:54 left  the default")
     assert simulated == "simulated 240 configurations, 12 s"
-    assert "simulator" in second and "best 48.0 ms, 2 MB (0.50x of the default)" in second and "(slots 8)" in second
-    assert "out of memory: no memory" in third and "none within the limits" in third
+    assert "simulator" in second and "best 48.0 ms, 2 MB (0.50x default)" in second and second.endswith("left  slots 8")
+    assert third.startswith("trial   -  sampler") and "too large" in third and "none within the limits" in third
+    assert why.strip() == "the sum" and finalist == "finalist 1  slots 8"
     assert "finalist 1" in last and "3.1 ms" in last
+    assert "crash" in crash and signal.strip() == "ended by SIGSEGV"
 
 
 def test_progress_by_trials_foretells_from_how_long_they_took(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    progress = Progress(3600, 11, default_ms=20.0, clock=lambda: now[0])
+    progress = Progress(3600, 11, {"slots": 9}, default_ms=20.0, clock=lambda: now[0])
     now[0] += 10
-    progress.trial(7, {"slots": 4}, ok(10.0), Tried({"slots": 4}, (measurement(10.0),)))
+    progress.trial(7, {"slots": 4}, ok(10.0), Tried({"slots": 4}, (measurement(10.0),)), "sampler")
     progress.close()
     said = capsys.readouterr().out
-    assert "trial   7/11" in said and "0:10 gone, 0:40 to go" in said and "0.50x of the default" in said
+    assert "trial   7/11" in said and "0:40 left" in said and "(0.50x default)" in said

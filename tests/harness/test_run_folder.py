@@ -30,7 +30,9 @@ def machine(params: Params) -> Outcome:
     slots, group = int(params["slots"]), int(params.get("group", 1))
     if slots + group > 40:
         return Outcome(Kind.OUT_OF_MEMORY, "no memory")
-    return Outcome(Kind.OK, result=measurement((100 - slots) / group**0.5, (slots + group) << 20).as_dict(), wall_s=1.0)
+    latency_ms = (100 - slots) / group**0.5
+    result = measurement(latency_ms, (slots + group) << 20).as_dict()
+    return Outcome(Kind.OK, result=result, wall_s=1.0, foretold_ms=latency_ms)
 
 
 def setup_of(folder: Path) -> Any:
@@ -85,9 +87,9 @@ def test_a_confirmed_choice_becomes_a_folder_and_a_profile(study: Study, tmp_pat
         Ratio(0.5, 0.45, 0.55, 6),
         params=best,
         screening=(Screened(best, 0.5, 1.0), Screened(other, None, failure="the finalist 2 ended with crash")),
+        failed=(other,),
     )
-    simulated = [(one.params, one.latency_ms_p50) for one in study.tried()]
-    results = collect(setup_of(tmp_path), study, Choice(best, "proven", confirmation, 1.02), "20 trials", simulated)
+    results = collect(setup_of(tmp_path), study, Choice(best, "proven", confirmation, 1.02), "20 trials")
     write_run(results)
     profile = write_profile(results, tmp_path / "p.yaml")
     assert load_profile(tmp_path / "p.yaml") == profile and load_run(tmp_path) == results.run
@@ -122,6 +124,14 @@ def test_before_there_is_a_choice_the_best_so_far_stands_for_it(study: Study, tm
     assert smallest is not None and int(smallest["slots"]) <= int(results.run.chosen["slots"])
 
 
+def test_a_default_that_does_not_run_hides_no_best_so_far(tmp_path: Path) -> None:
+    fresh = Study(tmp_path, Space(Setting(64, 32, 8), Profile.default()), {"model": "m"}, limits=LIMITS, seed=0)
+    smaller = {**fresh.space.default, "slots": 16}
+    fresh.tell(fresh.propose(fresh.space.default), Outcome(Kind.OUT_OF_MEMORY, "no memory"))
+    fresh.tell(fresh.propose(smaller), machine(smaller))
+    assert best_so_far(fresh, Objective.LATENCY) == smaller
+
+
 def test_before_anything_was_measured_there_is_nothing_to_choose(tmp_path: Path) -> None:
     fresh = Study(tmp_path, Space(Setting(64, 32, 8), Profile.default()), {"model": "m"}, limits=LIMITS, seed=0)
     results = collect(setup_of(tmp_path), fresh, None, "interrupted")
@@ -133,7 +143,9 @@ def test_before_anything_was_measured_there_is_nothing_to_choose(tmp_path: Path)
 
 def test_a_finalist_that_failed_is_kept_as_failed(study: Study, tmp_path: Path) -> None:
     best = best_of(study).params
-    confirmation = Confirmation((), runs(80.0, 31 << 20)[:1], None, "the finalist ended with crash", best)
+    confirmation = Confirmation(
+        (), runs(80.0, 31 << 20)[:1], None, "the finalist ended with crash", best, failed=(best,)
+    )
     kept = Choice(study.space.default, "the default is kept", confirmation, None)
     run = collect(setup_of(tmp_path), study, kept, "20 trials").run
     assert run.confirmed is None and run.failed == (best,) and run.chosen == study.space.default

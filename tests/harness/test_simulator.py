@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 import runtime
 from harness.measure.foresight import Foresight
-from harness.measure.replay import RecordedLookahead, Schedule, Times, walk
+from harness.measure.replay import RecordedLookahead, walk
+from harness.measure.schedule import Schedule
 from harness.measure.workload import TokenRequest
 from harness.search.closed_loop import ServedPasses
 from harness.search.costs import Costs
 from harness.search.outcome import Measurement
+from harness.search.simulated_trial import Timed
 from harness.search.simulator import Simulator
 from harness.search.tracing import RecordSpec, WorkloadTrace, record_workload
 from harness.search.trial import TrialSpec, measure
@@ -24,7 +26,7 @@ from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
 from runtime.cache.policies import FORESEEING, POLICIES
 from runtime.cache.residency import Residency
-from runtime.cache.timeline import new_link
+from runtime.cache.timeline import Times, new_link
 from runtime.errors import TraceError
 from runtime.predictors.base import Predictor
 from runtime.predictors.previous_token import PreviousToken
@@ -64,31 +66,11 @@ def random_trace(seed: int, pass_sizes: Sequence[int], layers: int = LAYERS, exp
     )
 
 
-def random_times(schedule: Schedule, seed: int, load_s: float, slowdown: float) -> Times:
+def random_times(schedule: Schedule, seed: int, load_s: float, cold_s: float, slowdown: float) -> Times:
     generator = np.random.default_rng([seed, 1])
     num_passes, num_entries = len(schedule.passes), schedule.demands.experts.size
     per_pass = [generator.uniform(0, 0.3, num_passes) for _ in range(3)]
-    return Times(load_s, slowdown, *per_pass, generator.uniform(0, 0.4, num_entries))
-
-
-class Slow(Predictor):
-    """Takes `ahead_s` of virtual time for every layer that it is asked about."""
-
-    def __init__(self, predictor: Predictor, transfer: SimulatedTransfer, ahead_s: Any) -> None:
-        self._predictor, self._transfer, self._ahead_s = predictor, transfer, ahead_s
-        self.sees_next_pass = predictor.sees_next_pass
-
-    def begin(self, passing: Any) -> None:
-        self._step = passing.step
-        self._predictor.begin(passing)
-
-    def observe(self, layer: int, observation: Any) -> None:
-        self._predictor.observe(layer, observation)
-
-    def forecast(self, layer: int) -> Any:
-        if layer >= 0:
-            self._transfer.advance(self._ahead_s[self._step])
-        return self._predictor.forecast(layer)
+    return Times(load_s, cold_s, slowdown, *per_pass, generator.uniform(0, 0.4, num_entries))
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,6 +84,7 @@ class Slow(Predictor):
     count=st.integers(1, 4),
     every=st.sampled_from([1, 2, 4]),
     load_s=st.sampled_from([0.0, 0.05, 0.3, 2.0]),
+    cold_s=st.sampled_from([0.0, 0.1]),
     slowdown=st.sampled_from([0.0, 0.4]),
 )
 def test_compiled_prefetching_is_the_coordinators(
@@ -114,20 +97,21 @@ def test_compiled_prefetching_is_the_coordinators(
     count: int,
     every: int,
     load_s: float,
+    cold_s: float,
     slowdown: float,
 ) -> None:
     schedule = Schedule(random_trace(seed, sizes))
-    times = random_times(schedule, seed, load_s, slowdown)
+    times = random_times(schedule, seed, load_s, cold_s, slowdown)
 
     def predictor() -> Predictor:
         return RecordedLookahead(schedule) if kind == "gate_lookahead" else PreviousToken(LAYERS, EXPERTS)
 
     stepped = Residency(LAYERS, EXPERTS, slots, TOP_K, policy)
-    transfer = SimulatedTransfer(load_s, slowdown=slowdown)
+    transfer = SimulatedTransfer(load_s, slowdown=slowdown, cold_s=cold_s)
     coordinator = Coordinator(
         stepped,
         transfer,
-        Slow(predictor(), transfer, times.ahead_s),
+        Timed(predictor(), transfer, times.ahead_s),
         governor=Governor(depth),
         prefetch_count=count,
         predict_every=every,
@@ -317,7 +301,7 @@ def test_on_demand_the_counts_are_those_of_a_real_trial(
     overrides = {"cache.slots": slots, "prefetch.depth": 0, "scheduler.group": 2}
     requests = texts(8, 6, 4)  # as long as the warm-up's prompt: what it decodes is then in the trace as well
     spec = TrialSpec(str(tiny_checkpoint), overrides, requests, concurrency)
-    told = record_workload(RecordSpec.of(spec, str(tmp_path / "trace.npz")))
+    told = record_workload(RecordSpec(spec, str(tmp_path / "trace.npz")))
     trace = read_trace(told["path"])
     assert trace.predicted is not None and trace.predicted.shape[2:] == (2, 2 + 3)
     measured = measure(spec)

@@ -7,6 +7,9 @@ import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,11 +27,13 @@ from harness.measure.workload import HELDOUT, Part
 from harness.probe import take_probe
 from harness.search.confirm import MIN_PAIRS, Confirmation, Contender, Segment, confirm
 from harness.search.loop import PATIENCE, PATIENT_TRIALS, Choice, GpuLostError, NothingRunsError, choose, search
+from harness.search.measurer import Measurer
 from harness.search.objective import SLOWDOWN, Objective
 from harness.search.outcome import Kind, Limits, Outcome
 from harness.search.setup import Setup
 from harness.search.space import Params
-from harness.search.study import Study
+from harness.search.study import SAMPLERS, Study
+from harness.search.trial import TrialRunner
 from runtime.profile import load_profile
 
 Machine = Callable[[Params], Outcome]
@@ -129,6 +134,32 @@ def test_a_lost_gpu_ends_the_search_and_what_was_measured_is_kept(tmp_path: Path
     assert len(study.tried()) == 2
 
 
+def test_the_guard_learns_from_every_trial_the_last_one_too(tmp_path: Path) -> None:
+    class Guard:
+        def learn(self, tried: Sequence[object], num_out_of_memory: int) -> None:
+            learned.append((len(tried), num_out_of_memory))
+
+    learned: list[tuple[int, int]] = []
+    outcomes = iter([ok(1.0), Outcome(Kind.OUT_OF_MEMORY, "no memory"), ok(1.0)])
+    _search(open_study(tmp_path), lambda params: next(outcomes), guard=Guard(), num_trials=3)
+    assert learned == [(0, 0), (1, 0), (1, 1), (2, 1)]
+
+
+def test_the_guide_is_asked_when_nothing_waits_any_more(tmp_path: Path) -> None:
+    rounds = [[], list(itertools.islice(space().configurations(), 3)), []]
+
+    class Guide:
+        def propose(self, records: object, tried: object) -> list[Params]:
+            return rounds.pop(0)
+
+        def foretell(self, params: Params) -> None: ...
+
+    watcher = Silent()
+    guided = {"objective": Objective.LATENCY, "budget_s": 600, "num_trials": 5}
+    search(open_study(tmp_path), machine, Guide(), watcher, **guided)  # type: ignore[arg-type]
+    assert watcher.sources == ["default", *["simulator"] * 3, "sampler"] and rounds == []
+
+
 def test_what_was_foretold_is_kept_with_the_trial(tmp_path: Path) -> None:
     class Guide:
         def propose(self, records: object, tried: object) -> list[Params]:
@@ -221,6 +252,14 @@ def test_nothing_faster_keeps_the_default_without_confirming(tmp_path: Path) -> 
     study = _searched(tmp_path, worse_elsewhere)
     choice = _choose(study, worse_elsewhere)
     assert choice.params == study.space.default and choice.confirmation is None
+
+
+def test_a_gpu_lost_at_the_end_is_no_word_on_the_finalists(tmp_path: Path) -> None:
+    study, lost = _searched(tmp_path), Outcome(Kind.ENVIRONMENT, f"{GPU_LOST}: NVML says GPU lost")
+    with pytest.raises(GpuLostError, match=GPU_LOST):
+        _choose(study, lambda params: lost)
+    with pytest.raises(GpuLostError, match=GPU_LOST):
+        _choose(study, verify=lambda params: lost)
 
 
 def test_memory_is_saved_as_long_as_it_is_hardly_slower(tmp_path: Path) -> None:
@@ -345,13 +384,13 @@ def test_all_of_it_for_real(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("harness.search.plan._MAX_PAIRS", 3)
+    monkeypatch.setattr("harness.search.plan.NUM_PAIRS", MIN_PAIRS)
     arguments = ["--model", str(tiny_checkpoint), "--trials", "3", "--out", "run", "--concurrency", "2", *text]
     assert tune.main([*arguments, "--set", "prefetch.depth=1", "--time-budget", "1h"]) == 0
     out = capsys.readouterr().out
     profile_path = home / "profiles" / f"{tiny_checkpoint.name}-cpu.yaml"
-    assert out.splitlines()[-1].startswith("next: ") and str(profile_path.relative_to(home)) in out.splitlines()[-1]
-    assert "tuning for the CPU" in out and "latency p50" in out
+    assert json.loads(out.splitlines()[-1])["profile"] == str(profile_path.relative_to(home))
+    assert "tuning for the CPU" in out and "ms/token p50" in out and "harness.check --profile" in out
     profile = load_profile(profile_path)
     assert profile.fixed == ("prefetch.depth",) and profile.prefetch.depth == 1
     assert profile.evidence is not None and profile.evidence.trials == 4 and profile.evidence.seed == 0
@@ -359,7 +398,8 @@ def test_all_of_it_for_real(
     assert profile.workload is not None and profile.workload.concurrency == 2
     assert profile.match is not None and profile.match.model is not None and profile.match.model.experts == 8
     table = pd.read_csv(home / "run" / "trials.csv")
-    assert list(table["outcome"]) == ["ok"] * 4 and table["tokens_sha256"].notna().all()
+    assert len(table) == 4 and set(table["outcome"]) <= {"ok", "hopeless"} and list(table["outcome"])[::3] == ["ok"] * 2
+    assert table["tokens_sha256"].notna().equals(table["outcome"] == "ok")
     assert set((home / "run").iterdir()) >= {home / "run" / name for name in ("pareto.csv", "pareto.png")}
     environment = json.loads((home / "run" / "environment.json").read_text())
     assert environment["probe"]["curve"]["series"] and environment["stop_reason"] == "3 trials"
@@ -417,6 +457,7 @@ def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(
             os.kill(os.getpid(), signal.SIGINT)
 
     _pretend(monkeypatch, press)
+    (home / "run").mkdir()  # may be there, as long as it holds no run
     arguments = ["--model", str(tiny_checkpoint), "--trials", "4", "--out", "run", "--no-simulator", *text]
     assert tune.main(arguments) == 130
     error = capsys.readouterr().err
@@ -439,6 +480,84 @@ def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(
     assert last["chosen"]["scheduler.group"] == 8 and last["ratio"]["high"] < 1 and last["trials"]["ok"] == 5
 
 
+def test_a_gpu_that_is_lost_is_one_line_and_what_was_measured_is_kept(
+    home: Path,
+    tiny_checkpoint: Path,
+    text: list[str],
+    brief: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lose(call: int) -> None:
+        if call == 2:
+            raise GpuLostError(f"{GPU_LOST}: NVML says GPU lost")
+
+    _pretend(monkeypatch, lose)
+    assert tune.main(["--model", str(tiny_checkpoint), "--out", "run", "--no-simulator", *text]) == 2
+    error = capsys.readouterr().err
+    assert "2 trials are kept in run" in error and error.splitlines()[-1].startswith(f"error: {GPU_LOST}")
+    assert json.loads((home / "run" / "environment.json").read_text())["stop_reason"].startswith(GPU_LOST)
+
+
+def test_kill_9_in_a_trial_loses_that_trial_alone(
+    home: Path,
+    tiny_checkpoint: Path,
+    text: list[str],
+    brief: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Real trials in a command of its own, then the same command with --resume."""
+    brief_trials = ["--concurrency", "2", "--trials", "4", "--no-simulator"]
+    arguments = ["--model", str(tiny_checkpoint), *brief_trials, "--out", "run", *text]
+    here = str(Path(__file__).parent)
+    program = (
+        f"import sys; sys.path.append({here!r}); from test_tune import tune_until_killed as tune; tune(sys.argv[1:])"
+    )
+    # Not as a file, which every trial would import.
+    killed = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert "trial   2/4" in killed.stdout and "trial   3/4" not in killed.stdout
+    until = time.monotonic() + 10  # what it was measuring goes with it
+    while _writers(home / "run" / "trials.log") and time.monotonic() < until:
+        time.sleep(0.1)
+    assert _writers(home / "run" / "trials.log") == []
+
+    calls: list[int] = []
+    _pretend(monkeypatch, calls.append)
+    assert tune.main([*arguments, "--resume"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(calls) == 3 and sum(last["trials"].values()) == 5  # two were kept; the last is the default's again
+
+
+def _writers(file: Path) -> list[Path]:
+    """Who has it open."""
+
+    def leads_there(link: Path) -> bool:
+        try:
+            return os.readlink(link) == str(file.resolve())
+        except OSError:
+            return False
+
+    return [link for link in Path("/proc").glob("[0-9]*/fd/*") if leads_there(link)]
+
+
+def test_who_joins_a_study_confirms_and_writes_what_all_have_found(
+    home: Path, tiny_checkpoint: Path, text: list[str], brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    _pretend(monkeypatch, calls.append)
+    shared = ["--storage", f"journal://{home}/shared.journal", "--trials", "4", "--no-simulator", *text]
+    for name, memory_bytes in (("first", 16 << 30), ("second", (16 << 30) - (1 << 20))):
+        monkeypatch.setattr("runtime.machine.total_memory_bytes", lambda size=memory_bytes: size)
+        where = ["--out", name, "--profile-out", f"{name}.yaml"]
+        assert tune.main(["--model", str(tiny_checkpoint), *shared, *where]) == 0
+        profile = load_profile(home / f"{name}.yaml")
+        assert profile.scheduler.group == 8 and profile.evidence is not None and profile.evidence.ratio is not None
+    assert len(calls) == 4 + 1 + 1  # the second has but to run the default again
+    assert [len(pd.read_csv(home / name / "trials.csv")) for name in ("first", "second")] == [5, 6]
+
+
 def test_where_nothing_keeps_the_limits_it_says_which_by_how_much_and_what_comes_closest(
     home: Path,
     tiny_checkpoint: Path,
@@ -459,8 +578,37 @@ def test_where_nothing_keeps_the_limits_it_says_which_by_how_much_and_what_comes
 def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(
     home: Path, tiny_checkpoint: Path, text: list[str], brief: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = set(home.iterdir())
-    assert tune.main(["--model", str(tiny_checkpoint), "--set", "cache.policy=lru", *text, "--dry-run"]) == 0
+    (home / "run").mkdir()
+    before = set(home.rglob("*"))
+    arguments = ["--model", str(tiny_checkpoint), "--set", "cache.policy=lru", "--out", "run", *text]
+    assert tune.main([*arguments, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "predicted not to fit" in out and "cache.policy" in out and "to confirm" in out
-    assert set(home.iterdir()) == before
+    assert set(home.rglob("*")) == before
+
+
+def test_what_the_command_line_offers_is_what_there_is() -> None:
+    assert tune.SAMPLERS == SAMPLERS and tuple(Objective) == tune.OBJECTIVES
+
+
+def tune_until_killed(arguments: list[str]) -> int:
+    """Killed when the first request of the third trial has finished."""
+    trials: list[Params] = []
+    measure, run = Measurer.__call__, TrialRunner.run
+
+    def counted(measurer: Measurer, params: Params, part: Part = "search") -> Outcome:
+        trials.append(params)
+        return measure(measurer, params, part)
+
+    def kill(progress: object) -> str:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return ""
+
+    def run_until_killed(runner: TrialRunner, work: Any, argument: Any, timeout_s: float, watch: Any = None) -> Outcome:
+        return run(runner, work, argument, timeout_s, kill if len(trials) == 3 else watch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Measurer, "__call__", counted)
+        patch.setattr(TrialRunner, "run", run_until_killed)
+        patch.setattr("harness.search.setup.take_probe", partial(take_probe, budget_s=0.3))
+        return tune.main(arguments)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.measure.replay import ReplayResult, Schedule, Setting, Timing, predictor_of, replay
+from harness.measure.replay import ReplayResult, Setting, Timing, predictor_of, replay
+from harness.measure.schedule import Schedule
 from harness.simulate import main as simulate
 from runtime.errors import ArtifactError, ProfileError, UsageError
 from runtime.predictors.artifact import Artifact, RoutingShape, read_artifact, write_artifact

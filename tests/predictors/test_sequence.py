@@ -15,7 +15,8 @@ from harness.fit import main
 from harness.fitting import sequence as fitting
 from harness.fitting.base import FitOptions, split
 from harness.fitting.sequence import Network, Tape, fit
-from harness.measure.replay import Schedule, Setting, Timing, replay
+from harness.measure.replay import Setting, Timing, replay
+from harness.measure.schedule import Schedule
 from runtime.errors import ArtifactError
 from runtime.predictors import sequence
 from runtime.predictors.artifact import Artifact, RoutingShape, read_artifact, write_artifact
