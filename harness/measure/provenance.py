@@ -28,11 +28,16 @@ def _without_folders(argument: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with "+" where it was changed since; None outside a repository."""
-    root = Path(__file__).parents[2]
+    """Of the source tree that runs, with "+" where it was changed; None outside a git repository."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        state = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        changed = _git(
+            "status", "--porcelain", "--untracked-files=no"
+        )  # results that are not committed yet say nothing
+        return _git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() + ("+" if state.stdout.strip() else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from harness.measure.provenance import commit
 from harness.measure.stats import median
 from harness.search.outcome import Measurement
 from runtime import machine
@@ -71,24 +71,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """Of the source tree that runs, with "+" where it was changed; None outside a git repository."""
-    folder = Path(__file__).parent
-    try:
-        head = _git(folder, "rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def near(path: str) -> str:
     """A path below the working folder as a relative one; anything else as it is."""
     absolute = Path(path).absolute()
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else path
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
-    )
-    return done.stdout.strip()

@@ -16,10 +16,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from harness.measure.provenance import commit
 from harness.report import plots, results
 from harness.report.messages import failures_text, infeasible_text, limits_text, outcome_text, plan_text, verdict_text
 from harness.report.page import page
-from harness.report.profiles import commit, near, objectives, versions
+from harness.report.profiles import near, objectives, versions
 from harness.report.progress import Progress
 from harness.report.results import Results, ResultsError, summary, write_profile, write_run
 from harness.report.run_file import Confirmed, Point, Run, RunFile, count_outcomes, load_run
