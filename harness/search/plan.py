@@ -79,15 +79,16 @@ def num_pairs(pair_s: float, budget_s: float) -> int:
 
 
 def num_finalists(turn_s: float, budget_s: float) -> int:
-    """How many configurations there is time to choose among beside the default, at least two."""
+    """How many configurations there is time to choose among beside the default; one needs no choosing."""
     rounds = screening_rounds(num_pairs(2 * turn_s, budget_s))
-    return max(2, min(MAX_FINALISTS, int(_SCREENING_SHARE * budget_s / turn_s / rounds) - 1))
+    return max(1, min(MAX_FINALISTS, int(_SCREENING_SHARE * budget_s / turn_s / rounds) - 1))
 
 
 def confirm_s(turn_s: float, budget_s: float) -> float:
     """About how long confirming takes where every turn takes as long as the default's: at most."""
-    pairs = num_pairs(2 * turn_s, budget_s)
-    return turn_s * (2 * pairs + (num_finalists(turn_s, budget_s) + 1) * screening_rounds(pairs))
+    pairs, finalists = num_pairs(2 * turn_s, budget_s), num_finalists(turn_s, budget_s)
+    screening = (finalists + 1) * screening_rounds(pairs) if finalists > 1 else 0
+    return turn_s * (2 * pairs + screening)
 
 
 def _ladder(concurrency: int) -> Iterator[Sizes]:

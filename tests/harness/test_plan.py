@@ -46,8 +46,9 @@ def test_pairs_fill_their_share_of_the_time(pair_s: float, pairs: int) -> None:
 
 
 def test_finalists_are_as_many_as_there_is_time_to_choose_among() -> None:
-    assert [num_finalists(turn_s, 300) for turn_s in (100, 8, 1)] == [2, 4, 5]
+    assert [num_finalists(turn_s, 300) for turn_s in (100, 8, 1)] == [1, 4, 5]
     assert confirm_s(1, 300) == 2 * 12 + 6 * 4
+    assert confirm_s(100, 300) == 100 * 2 * 6
 
 
 def test_a_trial_is_not_given_up_early() -> None:
