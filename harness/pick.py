@@ -18,6 +18,7 @@ from harness.report.messages import configuration_text, infeasible_text
 from harness.report.run_file import Figures, Point, RunFile, load_run
 from harness.search.objective import Objective
 from harness.search.outcome import Limits, Tried, feasible, front
+from harness.search.space import params_key
 from runtime.errors import ExpertFlowError, cli_main
 from runtime.files import check_writable, write_named
 from runtime.machine import format_bytes
@@ -98,11 +99,11 @@ def listing(run: RunFile, limits: Limits, chosen: Point) -> str:
     """The front within `limits` as a table, with the default and what would be picked."""
     from harness.report.tables import front_table, front_text, with_marked
 
-    values = {frozenset(point.params.items()): point.values for point in run.points}
+    values = {params_key(point.params): point.values for point in run.points}
     point = run.point(run.default)
     default = None if point is None else run.tried(point)
     shown = with_marked(front(feasible(_usable(run), limits)), default, run.tried(chosen))
-    table = front_table(shown, default, chosen.params, lambda params: values[frozenset(params.items())])
+    table = front_table(shown, default, chosen.params, lambda params: values[params_key(params)])
     return front_text(table, (point or chosen).values, run.num_experts)
 
 

@@ -63,6 +63,11 @@ def _cpu_s(proc: Path) -> tuple[float, float]:
     return busy / per_s, sum(sum(one[7:8]) for one in ticks) / per_s
 
 
+def process_fields(pid: int | None) -> list[str]:
+    """Of /proc/PID/stat, those after the name, which may hold anything; empty where there is no such process."""
+    return " ".join(_lines(machine.PROC / str(pid) / "stat")).rpartition(")")[2].split()
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text().splitlines()

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import kendalltau
 
 from harness.report.plots import log_axis, png
+from harness.search.agreement import rank_correlation
 from runtime.machine import format_bytes
 
 LEAST_TAU = 0.8
@@ -44,7 +44,7 @@ def _simulated(table: pd.DataFrame) -> dict[str, Any]:
         rows = table.dropna(subset=[f"{metric}_ms", f"simulated_{metric}_ms"])
         measured, simulated = ratios(rows, metric)
         found[metric] = {
-            "kendall_tau": _tau(simulated, measured),
+            "kendall_tau": rank_correlation(list(zip(simulated, measured, strict=True)), least=2),
             "median_ratio_error": _median_error(simulated, measured),
             "median_absolute_error": _median_error(rows[f"simulated_{metric}_ms"], rows[f"{metric}_ms"]),
         }
@@ -55,14 +55,6 @@ def ratios(table: pd.DataFrame, metric: str) -> tuple[pd.Series[float], pd.Serie
     """Measured and simulated ratio of each configuration to the default beside it."""
     measured = table[f"{metric}_ms"] / table[f"default_{metric}_ms"]
     return measured, table[f"simulated_{metric}_ms"] / table[f"simulated_default_{metric}_ms"]
-
-
-def _tau(simulated: pd.Series[float], measured: pd.Series[float]) -> float | None:
-    """None where there is nothing to rank."""
-    if len(measured) < 2:
-        return None
-    tau = float(kendalltau(simulated, measured).statistic)
-    return tau if tau == tau else None
 
 
 def _median_error(predicted: pd.Series[float], measured: pd.Series[float]) -> float | None:

@@ -20,7 +20,7 @@ from harness.report.tables import front_table, front_text, trials_table, with_ma
 from harness.report.text_plot import text_pareto
 from harness.search.agreement import agreement
 from harness.search.outcome import Record, Tried, feasible, front
-from harness.search.space import Params, Space
+from harness.search.space import Params, Space, params_key
 from runtime.errors import ExpertFlowError
 from runtime.files import write_atomic
 from runtime.profile import Profile, dump_profile
@@ -84,11 +84,11 @@ class Results:
 
     def _marked(self) -> tuple[Tried | None, Tried | None]:
         """The default and the chosen configuration, as far as they were measured."""
-        by_params = {frozenset(one.params.items()): one for one in self.tried}
+        by_params = {params_key(one.params): one for one in self.tried}
         chosen = self.run.chosen
         return (
-            by_params.get(frozenset(self.space.default.items())),
-            None if chosen is None else by_params.get(frozenset(chosen.items())),
+            by_params.get(params_key(self.space.default)),
+            None if chosen is None else by_params.get(params_key(chosen)),
         )
 
 

@@ -16,7 +16,7 @@ from harness.search.loop import Choice
 from harness.search.objective import Objective
 from harness.search.outcome import Measurement, Tried, feasible
 from harness.search.setup import Settings, Setup
-from harness.search.space import Params, Space
+from harness.search.space import Params, Space, params_key
 from harness.search.study import Study
 from runtime import profile
 
@@ -113,10 +113,10 @@ def _confirmed(found: Confirmation | None, tried: Sequence[Tried], default: Para
     """Figures of both; their peaks are the highest that was seen, in the search too: they are promises."""
     if found is None or found.ratio is None:
         return None
-    searched = {frozenset(one.params.items()): one.runs for one in tried}
+    searched = {params_key(one.params): one.runs for one in tried}
 
     def figures(params: Params, runs: Sequence[Measurement]) -> profile.Objectives:
-        known = [*runs, *searched.get(frozenset(params.items()), ())]
+        known = [*runs, *searched.get(params_key(params), ())]
         return objectives(runs).model_copy(update={"peak_memory_bytes": max(run.peak_memory_bytes for run in known)})
 
     ratio = found.ratio

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from harness.search.outcome import Kind, Limits, Outcome, Record, Tried
-from harness.search.space import Params, Space, Value
+from harness.search.space import Params, Space, Value, params_key
 
 _MEASURED = (
     "latency_ms_p50",
@@ -32,7 +32,7 @@ def trials_table(
     Args:
         simulated: latency in ms that was expected of a configuration.
     """
-    expected = {frozenset(params.items()): latency_ms for params, latency_ms in simulated}
+    expected = {params_key(params): latency_ms for params, latency_ms in simulated}
     return pd.DataFrame([_trial_row(record, space, limits, expected) for record in records])
 
 
@@ -98,9 +98,7 @@ def _mark(chosen: bool, is_default: bool) -> str:
     return f"{'*' if chosen else ' '} {'default' if is_default else ''}".rstrip()
 
 
-def _trial_row(
-    record: Record, space: Space, limits: Limits, expected: Mapping[frozenset[tuple[str, Value]], float]
-) -> dict[str, Any]:
+def _trial_row(record: Record, space: Space, limits: Limits, expected: Mapping[str, float]) -> dict[str, Any]:
     outcome = record.outcome
     return {
         "number": record.number,
@@ -110,7 +108,7 @@ def _trial_row(
         "reused": record.reused,
         "message": outcome.message,
         "wall_s": outcome.wall_s,
-        "simulated_latency_ms": expected.get(frozenset(record.params.items())),
+        "simulated_latency_ms": expected.get(params_key(record.params)),
         **_figures(record.params, outcome, limits),
         **{f"environment_{name}": value for name, value in outcome.environment.items()},
     }

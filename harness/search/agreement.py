@@ -9,7 +9,7 @@ from scipy.stats import kendalltau
 
 from harness.measure.stats import median
 from harness.search.outcome import Record, Tried
-from harness.search.space import Params
+from harness.search.space import Params, params_key
 
 MIN_PAIRS = 8
 """Below which Kendall's tau says nothing."""
@@ -39,17 +39,17 @@ def agreement(simulated: Sequence[tuple[Params, float]], tried: Sequence[Tried])
     Args:
         simulated: latency in ms that was expected of a configuration; the last one of each counts.
     """
-    expected = {frozenset(params.items()): latency_ms for params, latency_ms in simulated}
-    measured = {frozenset(one.params.items()): one.latency_ms_p50 for one in tried}
+    expected = {params_key(params): latency_ms for params, latency_ms in simulated}
+    measured = {params_key(one.params): one.latency_ms_p50 for one in tried}
     pairs = tuple((expected[params], latency_ms) for params, latency_ms in measured.items() if params in expected)
     if (tau := rank_correlation(pairs)) is None:
         return None
     return Agreement(pairs, tau, median([abs(one / other - 1) for one, other in pairs]))
 
 
-def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Kendall's tau; None where the pairs are too few, or all of one side are equal."""
-    if len(pairs) < MIN_PAIRS:
+def rank_correlation(pairs: Sequence[tuple[float, float]], *, least: int = MIN_PAIRS) -> float | None:
+    """Kendall's tau; None where there are fewer than `least` pairs, or all of one side are equal."""
+    if len(pairs) < least:
         return None
     tau = float(kendalltau(*zip(*pairs, strict=True)).statistic)
     return None if tau != tau else tau
@@ -57,8 +57,8 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 def foretold(records: Sequence[Record]) -> list[tuple[Params, float]]:
     """Each configuration and the latency that was expected of it, in ms, before it ran for the first time."""
-    first: dict[frozenset[tuple[str, int | str]], tuple[Params, float]] = {}
+    first: dict[str, tuple[Params, float]] = {}
     for record in records:
         if record.outcome.foretold_ms is not None and not record.reused:
-            first.setdefault(frozenset(record.params.items()), (record.params, record.outcome.foretold_ms))
+            first.setdefault(params_key(record.params), (record.params, record.outcome.foretold_ms))
     return list(first.values())

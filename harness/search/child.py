@@ -24,6 +24,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from harness.hardware.counters import process_fields
 from harness.hardware.memory import map_files_like
 from harness.search.outcome import Kind, Outcome
 from runtime.errors import BudgetError, ExpertFlowError
@@ -279,8 +280,7 @@ def _cpu_use(pid: int | None) -> dict[str, Any]:
     """`cpu_s` and `cpu_wait_share` of a running process, see `Outcome`; the time is that of its ended children too."""
     cpu_s, wait_share = 0.0, None
     with contextlib.suppress(OSError, IndexError, ValueError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        cpu_s = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        cpu_s = sum(map(int, process_fields(pid)[11:15])) / os.sysconf("SC_CLK_TCK")
         ran_ns, waited_ns = map(int, Path(f"/proc/{pid}/schedstat").read_text().split()[:2])
         wait_share = waited_ns / max(1, ran_ns + waited_ns)
     return {"cpu_s": cpu_s, "cpu_wait_share": wait_share}

@@ -150,12 +150,10 @@ class Guide:
         return self._simulated[key]
 
     def _limited(self, params: Params) -> tuple[float, float] | None:
-        peak_bytes = self._guard.expected_bytes(params)
         if not self._guard.allows(params):
             return None
-        run, limits = self.simulator.run(self._overrides(params)), self.limits
-        slos = ((run.tpot_ms_p50, limits.slo_tpot_ms), (run.ttft_ms_p50, limits.slo_ttft_ms))
-        if any(value is not None and limit is not None and value > limit for value, limit in slos):
+        run, peak_bytes = self.simulator.run(self._overrides(params)), self._guard.expected_bytes(params)
+        if max(self.limits.excess_of(peak_bytes, run.tpot_ms_p50, run.ttft_ms_p50).values()) > 0:
             return None
         return run.latency_ms_p50, float(peak_bytes)
 

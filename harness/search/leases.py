@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.hardware.counters import process_fields
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -82,17 +84,12 @@ def _runs(pid: int, started: int) -> bool:
 
 
 def _started(pid: int) -> int:
-    fields = _fields(pid)
+    fields = process_fields(pid)
     return int(fields[19]) if len(fields) > 19 else 0
 
 
 def _state(pid: int) -> str:
-    return next(iter(_fields(pid)), "")
-
-
-def _fields(pid: int) -> list[str]:
-    """Of /proc/PID/stat, those after the name, which may hold anything; empty where there are none."""
-    return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return next(iter(process_fields(pid)), "")
 
 
 def _read(path: str) -> str:

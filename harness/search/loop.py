@@ -94,9 +94,10 @@ def search(
     """
     start, progress, num_refused = clock(), _Progress(study, objective), 0
     while True:
+        records, tried = study.records(), study.tried()
         if guard is not None:
-            guard.learn(study.tried(), sum(one.outcome.kind is Kind.OUT_OF_MEMORY for one in study.records()))
-        walls = [one.outcome.wall_s for one in study.records() if not one.reused and one.outcome.was_launched]
+            guard.learn(tried, sum(one.outcome.kind is Kind.OUT_OF_MEMORY for one in records))
+        walls = [one.outcome.wall_s for one in records if not one.reused and one.outcome.was_launched]
         if num_trials is not None and len(walls) >= num_trials:
             return f"{len(walls)} trials"
         if walls and clock() - start + median(walls) / 2 > budget_s:
@@ -106,7 +107,7 @@ def search(
         if num_trials is None and progress.is_exhausted():
             return f"nothing better in {PATIENCE} trials"
         if guide is not None and not study.has_waiting():
-            study.enqueue(guide.propose(study.records(), study.tried()), "simulator")
+            study.enqueue(guide.propose(records, tried), "simulator")
         proposal = study.ask()
         if proposal is None:
             return "every configuration was tried"
@@ -129,12 +130,15 @@ class _Progress:
 
     def best(self) -> Tried | None:
         """The best configuration within the limits so far."""
-        within = feasible(self._study.tried(), self._study.limits)
+        return self._best(feasible(self._study.tried(), self._study.limits))
+
+    def _best(self, within: Sequence[Tried]) -> Tried | None:
         return next(iter(self._objective.rank(within, _measured(within, self._study.space.default))), None)
 
     def is_exhausted(self) -> bool:
         """Asked before each trial: for how long nothing has become better."""
-        best, edge = self.best(), [one.params for one in front(feasible(self._study.tried(), self._study.limits))]
+        within = feasible(self._study.tried(), self._study.limits)
+        best, edge = self._best(within), [one.params for one in front(within)]
         cost = float("inf") if best is None else self._objective.cost(best.latency_ms_p50, best.peak_memory_bytes)
         if cost < (1 - NOTICEABLE) * self._cost or edge != self._front:
             self._since = 0

@@ -162,10 +162,14 @@ class Limits:
 
         Every limit is there, in one order; one that is not set is at -1.
         """
+        return self.excess_of(one.peak_memory_bytes, one.tpot_ms_p50, one.ttft_ms_p50)
+
+    def excess_of(self, peak_memory_bytes: float, tpot_ms: float | None, ttft_ms: float) -> dict[str, float]:
+        """See `excess`, of figures that were not measured together."""
         pairs = {
-            "memory": (one.peak_memory_bytes, self.max_memory_bytes),
-            "slo_tpot": (one.tpot_ms_p50, self.slo_tpot_ms),
-            "slo_ttft": (one.ttft_ms_p50, self.slo_ttft_ms),
+            "memory": (peak_memory_bytes, self.max_memory_bytes),
+            "slo_tpot": (tpot_ms, self.slo_tpot_ms),
+            "slo_ttft": (ttft_ms, self.slo_ttft_ms),
         }
         return {
             name: -1.0 if value is None or limit is None else value / limit - 1
