@@ -5,12 +5,14 @@ PY     := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tune test test-all lint bench bench-replay clean
+.PHONY: help tune test test-all lint check bench bench-engine bench-replay clean
 help:
 	@echo "make tune      tune the bundled demo model on this machine and write a profile   (ARGS='--max-memory 1GiB …')"
 	@echo "make test      lint, types and the fast tests"
 	@echo "make test-all  every test that this machine can run"
+	@echo "make check     do the engine's decisions still count as committed?   (ARGS='--base origin/main': is it slower?)"
 	@echo "make bench     the tuned engine beside plain transformers and accelerate"
+	@echo "make bench-engine  decoding, prefill, batches and loading of the demo, as pytest-benchmark tests"
 	@echo "make bench-replay  how fast traces are replayed and requests are grouped"
 	@echo "make lint      ruff and mypy"
 
@@ -44,11 +46,19 @@ test: lint
 test-all: $(VENV)/.test
 	$(PY) -m pytest -m "not gpu" $(ARGS)
 
+check: $(VENV)/.test
+	@$(PY) -m harness.check $(ARGS)
+
 bench: $(VENV)/.compare
 	@$(PY) -m harness.bench $(ARGS)
 
+bench-engine: $(VENV)/.test
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/test_engine_speed.py -m slow --benchmark-enable \
+		--benchmark-columns=min,median,max,rounds $(ARGS)
+
 bench-replay: $(VENV)/.test
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks -m slow --benchmark-enable --benchmark-timer=time.process_time \
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/test_replay_speed.py -m slow --benchmark-enable \
+		--benchmark-timer=time.process_time \
 		--benchmark-columns=min,median,max,rounds $(ARGS)
 
 clean:

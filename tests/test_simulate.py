@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,11 @@ from harness.measure.replay import (
 from harness.measure.schedule import Schedule
 from harness.simulate import ALL_POLICIES, main
 from runtime.cache.policies import POLICIES
-from runtime.predictors.params import default_period
 from runtime.telemetry import EngineStats
 from runtime.trace import RoutingTrace, read_trace, write_trace
 from runtime.vocabulary import Load
 
 ROOT = Path(__file__).parents[1]
-DATA = Path(__file__).parent / "data"
-COUNTS = ("hits", "in_flight", "misses", "evictions", "prefetch_issued", "prefetch_used", "prefetch_wasted")
 TIMING = Timing(load_s=2e-3, expert_s=5e-4, layer_s=1e-3)
 
 
@@ -240,29 +236,3 @@ def test_it_runs_where_torch_is_not_installed(trace_file: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "previous_token" in result.stdout
-
-
-GOLDEN_PREDICTORS = ("none", "previous_token", "gate_lookahead", "activation_matrix", "periodic")
-"""All but the trained ones: what those forecast depends on how a processor rounds."""
-
-
-def _golden_counts() -> dict[str, dict[str, int]]:
-    """Every policy x predictor x budget on the committed trace: four requests of the demo, prompt and text."""
-    schedule = Schedule(read_trace(DATA / "demo-routing.npz"))
-    found = {}
-    for share, policy, predictor in product((0.15, 0.25, 0.45), ALL_POLICIES, GOLDEN_PREDICTORS):
-        if policy != "belady" or predictor == "none":
-            setting = Setting(policy, round(256 * share), predictor, every_unit=default_period(predictor)[1])
-            result = replay(schedule, setting, TIMING).as_dict()
-            found[f"{share:.0%} {policy} {predictor}"] = {name: result[name] for name in COUNTS}
-    return found
-
-
-def test_golden_counts() -> None:
-    """A change here is a change of decisions. `PYTHONPATH=.:tests python tests/test_simulate.py` writes new ones."""
-    assert _golden_counts() == json.loads((DATA / "replay-golden.json").read_text())
-
-
-if __name__ == "__main__":
-    rows = (f"{json.dumps(name)}: {json.dumps(counts)}" for name, counts in _golden_counts().items())
-    (DATA / "replay-golden.json").write_text("{\n" + ",\n".join(rows) + "\n}\n")

@@ -38,6 +38,16 @@ def commit() -> str | None:
         return None
 
 
+def commit_and_date(name: str) -> tuple[str, str | None]:
+    """The full name of a commit of the source tree, and its date (ISO 8601); of one that is not known there, `name` and
+    None."""
+    try:
+        found, date = _git("show", "--no-patch", "--format=%H %cI", "--end-of-options", f"{name}^{{commit}}").split()
+        return found, date
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return name, None
+
+
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

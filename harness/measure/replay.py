@@ -64,7 +64,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What a replay counted. `cache` is what the engine's `stats().cache` would be."""
+    """What a replay counted. `cache` is what the engine's `stats().cache` would be, `peak_slots` the most slots that
+    held an expert."""
 
     setting: Setting
     cache: CacheStats
@@ -72,6 +73,7 @@ class ReplayResult:
     num_bytes: int
     stall_s: float
     elapsed_s: float
+    peak_slots: int
 
     def as_dict(self) -> dict[str, Any]:
         """One flat JSON object."""
@@ -87,6 +89,7 @@ class ReplayResult:
             "evictions": cache.num_evictions,
             "loads": self.num_loads,
             "bytes_moved": self.num_bytes,
+            "peak_slots": self.peak_slots,
             "prefetch_issued": cache.num_prefetch_issued,
             "prefetch_used": cache.num_prefetch_used,
             "prefetch_wasted": cache.num_prefetch_wasted,
@@ -291,4 +294,5 @@ def _result(
         num_tokens=schedule.num_tokens,
         peak_resident_bytes=0,
     )
-    return ReplayResult(setting, stats.cache, stats.num_loads, stats.num_bytes, stats.stall_s, elapsed_s)
+    peak_slots = residency.num_slots - residency.num_free  # an expert leaves its slot to another only
+    return ReplayResult(setting, stats.cache, stats.num_loads, stats.num_bytes, stats.stall_s, elapsed_s, peak_slots)

@@ -8,19 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from harness.hardware.memory import MemoryModel
 from harness.search.costs import Costs
 from harness.search.hidden import HiddenMachine, biased
 from harness.search.memory_guard import MemoryGuard
 from harness.search.simulator import Simulator
 from harness.search.space import Setting, Space
-from harness.search.tracing import RequestRows, WorkloadTrace
-from runtime.errors import TraceError, UsageError
+from harness.search.tracing import WorkloadTrace, served
+from runtime.errors import UsageError
 from runtime.profile import Profile
-from runtime.trace import RoutingTrace, read_trace
-from runtime.vocabulary import Phase
+from runtime.trace import read_trace
 
 MAX_GRID = 20_000
 FIXED: Mapping[str, Any] = {"predictor.every": 1, "compute.prefill": "grouped_mm", "compute.threads": 1}
@@ -103,24 +100,3 @@ class Problem:
         simulator = self.simulator
         hidden = Simulator(self.workload, self.base, self.concurrency, biased(simulator.costs, seed))
         return HiddenMachine(hidden, self.space, guard, seed)
-
-
-def served(trace: RoutingTrace, num_output_tokens: int) -> WorkloadTrace:
-    """The requests of a trace, their prompts and up to so many output tokens; those cut off at its end are left out.
-
-    Raises:
-        TraceError: it does not say which tokens were prefilled, or has no request with both.
-    """
-    if trace.phase is None:
-        raise TraceError("the trace does not say which tokens were prefilled (field `phase`); record one that does")
-    requests = []
-    for number in np.unique(trace.request):
-        rows = np.flatnonzero(trace.request == number)
-        decodes = trace.phase[rows] == Phase.DECODE
-        if decodes.any() and not decodes.all():
-            requests.append(
-                RequestRows(tuple(rows[~decodes].tolist()), tuple(rows[decodes][: num_output_tokens - 1].tolist()))
-            )
-    if not requests:
-        raise TraceError("the trace has no request with prompt and output tokens; record one with harness.record")
-    return WorkloadTrace(trace, tuple(requests))

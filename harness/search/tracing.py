@@ -12,6 +12,7 @@ from harness.measure.workload import TokenRequest
 from harness.search.trial import TrialSpec, loaded
 from runtime.errors import TraceError
 from runtime.trace import RoutingTrace, write_trace
+from runtime.vocabulary import Phase
 
 LOOKAHEAD = 3
 """Layers ahead for which gate lookahead is recorded: the deepest prefetch of the search space."""
@@ -82,3 +83,24 @@ def _rows(trace: RoutingTrace, number: int, request: TokenRequest) -> RequestRow
         wanted = f"{num_prompt} + {num_decoded}"
         raise TraceError(f"request {request.id!r} has {len(rows)} rows in the trace, not {wanted}; record it again")
     return RequestRows(tuple(rows[:num_prompt]), tuple(rows[num_prompt:]))
+
+
+def served(trace: RoutingTrace, num_output_tokens: int) -> WorkloadTrace:
+    """The requests of a trace, their prompts and up to so many output tokens; those cut off at its end are left out.
+
+    Raises:
+        TraceError: it does not say which tokens were prefilled, or has no request with both.
+    """
+    if trace.phase is None:
+        raise TraceError("the trace does not say which tokens were prefilled (field `phase`); record one that does")
+    requests = []
+    for number in np.unique(trace.request):
+        rows = np.flatnonzero(trace.request == number)
+        decodes = trace.phase[rows] == Phase.DECODE
+        if decodes.any() and not decodes.all():
+            requests.append(
+                RequestRows(tuple(rows[~decodes].tolist()), tuple(rows[decodes][: num_output_tokens - 1].tolist()))
+            )
+    if not requests:
+        raise TraceError("the trace has no request with prompt and output tokens; record one with harness.record")
+    return WorkloadTrace(trace, tuple(requests))

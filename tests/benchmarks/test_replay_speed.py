@@ -51,8 +51,9 @@ def test_compiled_replay(schedule: Schedule, rate: Rate, policy: str) -> None:
     assert result.cache.num_hits + result.cache.num_misses == TOKENS * LAYERS * TOP_K
 
 
+@pytest.mark.paired
 def test_replay_through_the_coordinator(schedule: Schedule, rate: Rate) -> None:
-    tokens = 500
+    tokens = 250
     part = Schedule(schedule.trace, max_tokens=tokens)
     setting = Setting("next_use", SLOTS, "previous_token", depth=1, count=2)
     result = rate("layer_events", tokens * LAYERS, lambda: replay(part, setting, TIMING))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from harness.checks.monte_carlo import Noise
 from harness.measure.workload import TokenRequest
 from harness.search.confirm import Confirmation, Contender, Segment, confirm
 from harness.search.objective import Objective
@@ -93,7 +94,8 @@ class NoisyMachine:
         self, seed: int, within: float, gains: Sequence[float], peaks: Sequence[float] = (), between: float = 0.0
     ) -> None:
         self._random = np.random.default_rng(seed)
-        self._level = self._random.normal(0, 0.1)
+        self._noise = Noise()
+        self._level = self._random.normal(0, self._noise.between_jobs)
         self._text = self._random.normal(0, 0.1, 1000)
         self._within = within
         self._latency = {"D": 1.0, **{str(n): 1 - gain for n, gain in enumerate(gains)}}
@@ -103,9 +105,9 @@ class NoisyMachine:
 
     def answer(self, name: str, segment: int) -> Outcome:
         """One run: 6 % of them are hit by something else, by a quarter on average."""
-        draw = self._random
-        self._level += draw.normal(0, 0.003)
-        spike = draw.exponential(0.25) if draw.random() < 0.06 else 0.0
+        draw, noise = self._random, self._noise
+        self._level += draw.normal(0, noise.drift)
+        spike = draw.exponential(noise.spike) if draw.random() < noise.spike_share else 0.0
         log = self._level + self._text[segment] + draw.normal(0, self._within) + spike + self._process[name][0]
         peak = PEAK_BYTES * self._peak[name] * (1 + self._process[name][1])
         return ok(100 * self._latency[name] * float(np.exp(log)), round(peak))

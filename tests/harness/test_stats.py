@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from harness.measure.stats import exact_confidence, exact_ratio, median, paired_difference, paired_ratio, summarize
+from harness.measure.stats import (
+    exact_confidence,
+    exact_ratio,
+    grouped_ratio,
+    holm,
+    median,
+    median_half_width,
+    paired_difference,
+    paired_ratio,
+    robust_deviation,
+    summarize,
+)
 
 
 def test_summary_of_a_known_sample() -> None:
@@ -97,6 +108,61 @@ def test_what_makes_no_pairs_is_refused(top: list[float], bottom: list[float]) -
     for ratio in (paired_ratio, exact_ratio):
         with pytest.raises(ValueError):
             ratio(top, bottom)
+
+
+def test_groups_count_not_their_pairs() -> None:
+    # Medians of the groups: 1, e and e^2, so a mean of 1 and a standard error of 1 / sqrt(3) on the logarithms.
+    groups = [7, 3, 5, 7, 3, 5, 7, 3, 5]
+    logs = [0.0, 1.0, 2.0, 0.0, 1.0, 2.0, 9.0, -9.0, 2.0]
+    found = grouped_ratio(np.exp(logs).tolist(), [1.0] * 9, groups)
+    assert (found.num_groups, found.num_pairs) == (3, 9)
+    assert (found.log_estimate, found.log_error) == pytest.approx((1.0, 1 / np.sqrt(3)))
+    # Student's t with 2 degrees of freedom: 2.919986 at 95 %.
+    assert np.log(found.bound(0.95)) == pytest.approx(1 + 2.919986 / np.sqrt(3))
+    assert np.log(found.bound(0.05)) == pytest.approx(1 - 2.919986 / np.sqrt(3))
+    assert found.bound(0.5) == pytest.approx(found.estimate) == pytest.approx(np.e)
+    assert found.p_at_most(found.bound(0.05)) == pytest.approx(0.05)
+    assert found.p_at_most(np.e) == pytest.approx(0.5)
+
+
+def test_the_half_width_of_a_median_is_about_that_of_its_bootstrap_and_steadier() -> None:
+    widths, bootstrapped = [], []
+    for seed in range(100):
+        top = np.exp(np.random.default_rng(seed).normal(0, 0.02, 60)).tolist()
+        ratio = paired_ratio(top, [1.0] * 60, confidence=0.9)
+        widths.append(median_half_width(top, [1.0] * 60, confidence=0.9, num_pairs=60))
+        bootstrapped.append((ratio.high / ratio.low) ** 0.5 - 1)
+    # 1.645 standard errors of a median, each 1.2533 * 2 % / sqrt(60).
+    assert np.mean(widths) == pytest.approx(0.0053, rel=0.05) == pytest.approx(np.mean(bootstrapped), rel=0.1)
+    assert np.std(widths) < 0.7 * np.std(bootstrapped)
+
+
+def test_spikes_hardly_move_the_robust_deviation() -> None:
+    values = np.random.default_rng(0).normal(0, 1, 1000)
+    assert robust_deviation(values) == pytest.approx(1, rel=0.1)
+    values[:60] += 50
+    assert robust_deviation(values) == pytest.approx(1, rel=0.2) and values.std() > 5
+
+
+def test_groups_that_agree_leave_no_doubt() -> None:
+    found = grouped_ratio([2.0] * 4, [1.0] * 4, [0, 0, 1, 1])
+    assert found.bound(0.01) == found.bound(0.99) == pytest.approx(2.0)
+    assert found.p_at_most(1.9) == 0 and found.p_at_most(2.1) == 1
+
+
+@pytest.mark.parametrize(
+    ("top", "groups", "said"),
+    [([1.0, 2.0], [0, 0], "one group"), ([1.0, 2.0], [0], "2 pairs and 1"), ([0.0, 2.0], [0, 1], "positive")],
+)
+def test_what_makes_no_groups_is_refused(top: list[float], groups: list[int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        grouped_ratio(top, [1.0, 1.0], groups)
+
+
+def test_holm_by_hand() -> None:
+    # Sorted .01 .02 .03 .5, times 4 3 2 1, never falling.
+    assert holm([0.02, 0.5, 0.01, 0.03]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9]) and holm([0.7, 0.6]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_differences_are_paired_and_may_be_nothing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from harness.checks.report import Finding, Report, Verdict
 from harness.measure.stats import Ratio, exact_confidence
 from harness.measure.workload import TokenRequest, Workload, cut, load_workload, segments
 from harness.search.confirm import DEFAULT, PEAK_NOISE, Segment, Turns, latency_ratio, take_turns
@@ -19,20 +19,12 @@ from harness.search.plan import Sizes, largest_sizes
 from runtime import machine
 from runtime.errors import ProfileError, UsageError
 from runtime.machine import format_bytes
-from runtime.profile import Profile, load_profile, match_profile
+from runtime.profile import Profile, checkpoint_of, load_profile, machine_facts, match_profile
 
 PROFILE = "profile"
 _CONCURRENCY = 8
 _TIMEOUT_S = 900.0
 _CONFIGURATION = {"cache", "prefetch", "predictor", "scheduler", "compute", "transfer", "tiers", "miss", "numerics"}
-
-
-class Verdict(enum.IntEnum):
-    """Of a check; the value is the exit code."""
-
-    PASS = 0
-    REGRESSION = 1
-    INCONCLUSIVE = 3
 
 
 @dataclass(frozen=True)
@@ -63,20 +55,24 @@ class Checked:
     num_segments: int
     notes: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        confidence = None if self.ratio is None else exact_confidence(self.ratio.num_pairs)
-        return {**asdict(self), "verdict": self.verdict.name.lower(), "confidence": confidence}
-
-    def describe(self) -> str:
-        """For people."""
-        promised, lines = self.promised, [f"note       {note}" for note in self.notes]
-        lines.append(f"promised   {_figures(promised.ratio, promised.peak_memory_bytes)}")
+    def report(self, name: str, reproduce: str) -> Report:
+        """For people, pull requests and JSON; `name` is the profile's."""
+        facts = [("promised", _figures(self.promised.ratio, self.promised.peak_memory_bytes))]
+        confidence = None
         if self.ratio is not None:
             pairs = self.ratio.num_pairs
-            how = f"{exact_confidence(pairs):.0%} interval, {pairs} pairs on {self.num_segments} segments of text"
-            lines.append(f"measured   {_figures(self.ratio, self.peak_memory_bytes)} ({how})")
-        return "\n".join([*lines, f"verdict    {self.verdict.name.lower()}: {self.reason}"])
+            confidence = exact_confidence(pairs)
+            how = f"{confidence:.0%} interval, {pairs} pairs on {self.num_segments} segments of text"
+            facts.append(("measured", f"{_figures(self.ratio, self.peak_memory_bytes)} ({how})"))
+        figures = {
+            "promised": asdict(self.promised),
+            "ratio": None if self.ratio is None else self.ratio.as_dict(),
+            "confidence": confidence,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "num_segments": self.num_segments,
+        }
+        finding = Finding(name, self.verdict, self.reason, figures)
+        return Report("profile", (finding,), reproduce, self.notes, tuple(facts))
 
 
 def judge(promised: Promise, ratio: Ratio, peak_memory_bytes: int) -> tuple[Verdict, str]:
@@ -114,7 +110,7 @@ def check_profile(
     from harness.search.trial import TrialRunner, TrialSpec
 
     profile = load_profile(path)
-    checkpoint = model or (profile.provenance.model if profile.provenance is not None else None)
+    checkpoint = model or checkpoint_of(profile)
     if checkpoint is None:
         raise UsageError(f"{path} does not say where its model is; name it with --model")
     workload, other_text = _workload(text, profile)
@@ -179,7 +175,6 @@ def _sizes(profile: Profile) -> tuple[Sizes, tuple[str, ...]]:
 
 def _matched(profile: Profile, checkpoint: str) -> tuple[str, ...]:
     """Why the promise may not hold here; ProfileError where it cannot."""
-    from runtime.build import machine_facts
     from runtime.facts import describe
 
     found = match_profile(profile, describe(checkpoint).identity, machine_facts())
