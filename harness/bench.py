@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from harness.demo.widen import default_cache, widened
+from harness.demo.widen import widened
 from harness.hardware.bound import Ladder
 from harness.measure import bench_report as report
 from harness.measure.baselines import fused_copy
@@ -36,7 +36,7 @@ from runtime import machine
 from runtime.errors import UsageError, cli_main
 from runtime.facts import ModelFacts, describe
 from runtime.model import checkpoint_files, read_tokenizer
-from runtime.profile import load_profile
+from runtime.profile import checkpoint_cache, checkpoint_of, load_profile
 
 CONTENDERS = ("ours", "resident", "accelerate_experts", "accelerate_layers", "on_demand")
 OTHERS = ("lru", "lru_prefetch")
@@ -98,8 +98,8 @@ def _setup(options: argparse.Namespace) -> Setup:
                 f"--{option.replace('_', '-')} {getattr(options, option)} is too few; give {least} or more"
             )
     profile = None if options.profile is None else load_profile(options.profile)
-    known = None if profile is None or profile.provenance is None else profile.provenance.model
-    model = options.model or known or str(widened(DEMO_EXPERT_BYTES))
+    known = options.model or (None if profile is None else checkpoint_of(profile))
+    model = known or str(widened(DEMO_EXPERT_BYTES))
     facts = describe(model)
     sizes = ModelBytes(facts.dense_bytes, facts.slot_bytes, facts.num_experts_total)
     slots = options.slots or (None if profile is None else profile.cache.slots) or "25%"
@@ -112,7 +112,7 @@ def _contest(setup: Setup, options: argparse.Namespace, warm: TokenRequest, use_
     fused = setup.model
     if any(name.startswith("accelerate") for name in setup.names):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            fused = str(pool.submit(fused_copy, setup.model, default_cache()).result())
+            fused = str(pool.submit(fused_copy, setup.model, checkpoint_cache()).result())
     return Contest(
         model=setup.model,
         profile=setup.profile,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.hardware.bandwidth import Curve, engine_bandwidth, measure_curve
+from harness.hardware.bandwidth import Curve, measure_curve
 from harness.hardware.compute import TOKENS, ExpertTime, measure_experts
 from harness.hardware.copies import Copies, copy_lines, measure_copies
 from harness.hardware.host import HostMemory, host_memory, near
@@ -90,6 +90,7 @@ def take_probe(
         ExpertFlowError: the checkpoint cannot be served or read, or CUDA does not see the GPU.
     """
     from runtime.model import checkpoint_files, meta_model
+    from runtime.probe import engine_bandwidth
 
     files, loaded = checkpoint_files(model), meta_model(model)
     copies = None if gpu is None else _copies(gpu, facts.expert_bytes, _COPIES_SHARE * budget_s)

@@ -43,11 +43,11 @@ def _run(arguments: argparse.Namespace) -> None:
     from harness.demo.widen import bundled_model
     from harness.measure.divergence import compare
     from harness.measure.workload import load_workload
-    from runtime.profile import parse_overrides
+    from runtime.profile import Profile, parse_overrides
 
     disable_progress_bar()
-    source = arguments.profile or arguments.model or str(bundled_model())
-    model = arguments.model if arguments.profile else None
+    source = arguments.profile or Profile.default()
+    model = arguments.model or (None if arguments.profile else str(bundled_model()))
     overrides, workload = parse_overrides(arguments.set), load_workload(arguments.workload)
     with runtime.load(source, model, overrides=overrides) as ours:
         requests = _requests(arguments, workload, ours)

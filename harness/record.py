@@ -99,13 +99,13 @@ def _check(arguments: argparse.Namespace) -> None:
 def _target(arguments: argparse.Namespace) -> Target:
     from harness.demo.widen import bundled_model
     from runtime.engine import checkpoint_name
-    from runtime.profile import Profile, load_profile, parse_overrides
+    from runtime.profile import Profile, checkpoint_of, load_profile, parse_overrides
 
     profile = load_profile(arguments.profile) if arguments.profile else Profile.default()
-    known = profile.provenance.model if profile.provenance is not None else None
-    if arguments.profile and not (arguments.model or known):
+    known = arguments.model or checkpoint_of(profile)
+    if arguments.profile and not known:
         raise UsageError(f"{arguments.profile} does not say where its model is; name the checkpoint as well (--model)")
-    checkpoint = arguments.model or known or str(bundled_model())
+    checkpoint = known or str(bundled_model())
     is_demo = Path(checkpoint).resolve() == bundled_model().resolve()
     name = DEMO_NAME if is_demo else checkpoint_name(checkpoint)
     overrides = parse_overrides(arguments.set)

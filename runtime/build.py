@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ from runtime.cache.governor import Governor
 from runtime.cache.policies import FORESEEING
 from runtime.cache.residency import Residency
 from runtime.engine import Engine
-from runtime.errors import BudgetError, ProfileError, UnsupportedModelError
+from runtime.errors import BudgetError, UnsupportedModelError
 from runtime.experts import IMPLEMENTATION, KERNELS, ExpertSource, Kernel, LayerRunner, ResidentSource, register
-from runtime.facts import ModelFacts, describe, pool_layers, resolve, top_k_of, wanted_slots
+from runtime.facts import ModelFacts, pool_layers, resolve, top_k_of, wanted_slots
+from runtime.loading import choose
 from runtime.model import LoadedModel, load_offloaded, load_resident, routers_and_norms
 from runtime.passes import PassTracker
 from runtime.pool import OffloadedSource, Pool
@@ -32,11 +34,7 @@ from runtime.predictors.gate_lookahead import (
 )
 from runtime.predictors.make import PredictorSpec, make_predictor
 from runtime.predictors.params import LEARNING
-from runtime.profile import LOSSY, MachineFacts, Profile, load_profile, match_profile
-from runtime.schedulers.base import Scheduler
-from runtime.schedulers.deadline import Deadline
-from runtime.schedulers.fifo import Fifo
-from runtime.schedulers.route_overlap import QUANTUM, RouteOverlap
+from runtime.profile import LOSSY, Profile
 from runtime.substitute import PHASES, Substitution, substitution_of
 from runtime.transfer.disk import DiskTransfer
 from runtime.transfer.slots import SlotArena
@@ -51,27 +49,31 @@ def load(
     overrides: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
     record_loads: bool = False,
+    strict: bool = False,
+    probe: bool | float = False,
 ) -> Engine:
     """Load a model with its experts offloaded.
 
     Args:
-        source: a profile (path of a .yaml file, or a `Profile`), or a checkpoint (folder or hub id), which then runs
-            with the default profile.
+        source: a profile (a .yaml file by its path, or by its name where profiles are looked up, or a `Profile`), or a
+            checkpoint (folder or hub id), which then runs with the best profile that is found for it, else the default.
         model: the checkpoint, where `source` is a profile that was tuned on a copy elsewhere.
         overrides: dotted profile keys and their values, such as {"cache.slots": "25%"}.
         dtype: as in `from_pretrained`.
         record_loads: keep `Engine.needed_loads`.
+        strict: refuse a profile that is stale or for something else; else `Engine.notes` says so, and its fallback
+            runs instead of one that is for something else.
+        probe: measure the bandwidth at expert size first, for two seconds or as many as are given, and hold it against
+            the profile's.
 
     Raises:
         ExpertFlowError: one of its kinds, saying what is wrong and the way out.
     """
-    profile, checkpoint = _profile_and_checkpoint(source, model)
-    profile = profile.with_overrides(overrides or {})
-    torch.set_num_threads(profile.compute.threads)
     machine.return_freed_memory()
-    facts = describe(checkpoint, dtype=dtype)
-    notes = list(_match(profile, facts))
-    profile, clamped = resolve(profile, facts)
+    chosen = choose(source, model, overrides=overrides, dtype=dtype, strict=strict, probe=probe)
+    checkpoint, facts = chosen.checkpoint, chosen.facts
+    torch.set_num_threads(chosen.profile.compute.threads)
+    profile, clamped = resolve(chosen.profile, facts)
     loaded = load_offloaded(checkpoint, dtype=dtype)
     passes = PassTracker()
     passes.attach(loaded.model)
@@ -80,10 +82,12 @@ def load(
     runners, kernels = _install(loaded, sources, profile, passes)
     for runner, served_from in zip(runners, sources, strict=True):
         runner.reroute = served_from.substitution
-    notes += [*clamped, *predictor_notes, *_lossy_notes(profile)]
-    return Engine(
+    notes = [*chosen.notes, *clamped, *predictor_notes, *_lossy_notes(profile)]
+    engine = Engine(
         loaded.model, profile, checkpoint, runners, kernels, passes, pools, notes, needed, **_for_traces(loaded)
     )
+    engine.match = chosen.match
+    return engine
 
 
 def load_reference(
@@ -94,8 +98,8 @@ def load_reference(
     dtype: torch.dtype | str = "auto",
 ) -> Engine:
     """The whole model in memory, through the same kernels and threads: what `load` must equal to the bit."""
-    profile, checkpoint = _profile_and_checkpoint(source, model)
-    profile = profile.with_overrides(overrides or {})
+    chosen = choose(source, model, overrides=overrides, dtype=dtype)
+    profile, checkpoint = chosen.profile, chosen.checkpoint
     torch.set_num_threads(profile.compute.threads)
     loaded = load_resident(checkpoint, dtype=dtype)
     passes = PassTracker()
@@ -106,20 +110,6 @@ def load_reference(
     ]
     runners, kernels = _install(loaded, sources, profile, passes)
     return Engine(loaded.model, profile, checkpoint, runners, kernels, passes, **_for_traces(loaded))
-
-
-def build_scheduler(profile: Profile, max_kv_tokens: int | None = None) -> Scheduler:
-    """The scheduler that the profile names, new; for `serving.run_batch`.
-
-    Args:
-        max_kv_tokens: that the KV cache will hold; None: no limit is known.
-    """
-    section = profile.scheduler
-    if section.kind == "route_overlap":
-        return RouteOverlap(section.group, section.num_batches, section.quantum or QUANTUM)
-    if section.kind == "deadline":
-        return Deadline(section.group, section.num_batches, max_kv_tokens)
-    return Fifo(section.group, section.num_batches)
 
 
 def build_routes(engine: Engine) -> RoutePredictor | None:
@@ -140,44 +130,6 @@ def route_predictor(engine: Engine, artifact: Path, params: Mapping[str, Any] | 
     found = make_predictor(PredictorSpec("routing_path", artifact, params or {}), shape)
     assert isinstance(found, RoutePredictor)
     return found
-
-
-def _profile_and_checkpoint(source: str | Path | Profile, model: str | Path | None) -> tuple[Profile, str]:
-    is_profile = isinstance(source, Profile) or str(source).endswith((".yaml", ".yml"))
-    if not is_profile:
-        if model is not None:
-            raise ProfileError(
-                f"{source} is not a profile (.yaml) but a model is named as well: {model}; give only one"
-            )
-        return Profile.default(), str(source)
-    profile = source if isinstance(source, Profile) else _beside(Path(source), load_profile(Path(source)))
-    known = profile.provenance.model if profile.provenance is not None else None
-    if model is None and known is None:
-        raise ProfileError("the profile does not say where its model is; name the checkpoint as well (--model)")
-    return profile, str(model if model is not None else known)
-
-
-def _beside(path: Path, profile: Profile) -> Profile:
-    """The profile with its artefact found beside its file."""
-    artifact = profile.predictor.artifact
-    return profile if artifact is None else profile.with_overrides({"predictor.artifact": str(path.parent / artifact)})
-
-
-def _match(profile: Profile, facts: ModelFacts) -> list[str]:
-    if profile.match is None:
-        return []
-    result = match_profile(profile, facts.identity, machine_facts())
-    if result.level == "rejected":
-        raise ProfileError(
-            f"the profile is for another model or machine ({'; '.join(result.reasons)}); "
-            "make one: python -m harness.tune"
-        )
-    return [] if result.level == "exact" else [f"profile {result.level}: {reason}" for reason in result.reasons]
-
-
-def machine_facts() -> MachineFacts:
-    """This machine, as profiles match it; the bandwidth is not measured here."""
-    return MachineFacts(device="cpu", memory_total_bytes=machine.total_memory_bytes())
 
 
 def _install(
@@ -299,7 +251,7 @@ def _build_predictor(
         if section.artifact is not None and len(layers) < len(loaded.layers):
             return NoPredictor(), nothing, [f"{section.kind} is not available for a model with several expert shapes"]
         artifact, notes = None if section.artifact is None else Path(section.artifact), []
-        if artifact is not None and section.kind in LEARNING and not artifact.exists():
+        if artifact is not None and section.kind in LEARNING and not os.path.exists(artifact):
             notes.append(f"{artifact} is not there yet: {section.kind} starts with nothing learned")
             artifact = None
         shape = RoutingShape(len(layers), num_experts, top_k_of(loaded.model.config) or 1)

@@ -95,9 +95,10 @@ def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
         BudgetError: not even one slot fits.
     """
     wanted = wanted_slots(profile.cache.slots, facts.num_experts_total)
-    limit = machine.resident_bytes() + machine.available_memory_bytes()
-    if profile.limits is not None and profile.limits.max_memory_bytes is not None:
-        limit = min(limit, profile.limits.max_memory_bytes)
+    limit, why = machine.resident_bytes() + machine.available_memory_bytes(), "what is free now"
+    most = profile.max_memory_bytes
+    if most is not None and most <= limit:
+        limit, why = most, "limits.max_memory_bytes"
     fit = machine.slots_that_fit(
         limit,
         dense_bytes=facts.dense_bytes,
@@ -109,7 +110,8 @@ def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
     slots = min(wanted, fit)
     notes = []
     if slots < wanted and profile.cache.slots is not None:
-        notes.append(f"{wanted} slots asked for, {slots} fit the memory: {machine.format_bytes(limit)} in all")
+        total = machine.format_bytes(limit)
+        notes.append(f"{wanted} slots asked for, {slots} fit the memory: {total} in all, by {why}")
     return profile.with_overrides({"cache.slots": slots}), notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,9 @@ fallback: default
         (HEAD + "cache:\n", ["cache", "None"]),
         (HEAD + "prefetch: {depth: -1}\n", ["prefetch.depth", "-1"]),
         (HEAD + "compute: {threads: yes}\n", ["compute.threads", "'yes'"]),
+        (HEAD + "compute: {threads: 1000000}\n", ["compute.threads", "1024", "1000000"]),
+        (HEAD + "fallback: ''\n", ["fallback", "''"]),
+        (HEAD + f"fallback: [{'x' * 5000}]\n", ["fallback", "[...]"]),
         (HEAD + "compute: {threads: 010}\n", ["compute.threads", "'010'"]),
         (HEAD + "limits: {max_memory_bytes: much}\n", ["limits.max_memory_bytes", "much"]),
         (HEAD + "limits: {slo_tpot_ms: .inf}\n", ["limits.slo_tpot_ms", ".inf"]),
@@ -152,7 +156,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         load_profile(tmp_path)
 
 
-NAME = st.text(max_size=20)
+NAME = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 SIZE = st.integers(1, 2**50)
 NUMBER = st.floats(min_value=5e-324, max_value=1.7e308)
 SCALARS = st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), NAME)
@@ -272,6 +276,25 @@ def test_every_difference_of_the_model_is_a_reason() -> None:
     assert result.level == "rejected"
     assert [reason.split(":")[0] for reason in result.reasons] == ["model experts", "model dtype"]
     assert "32" in result.reasons[0] and "64" in result.reasons[0]
+
+
+def test_minor_versions_and_the_age_are_reasons_to_measure_again() -> None:
+    told = {"provenance.versions": {"torch": "2.12.1", "transformers": "5.17.0", "numba": "0.1"}}
+    here = MachineFacts("cpu", 16_000_000_000, 2e9, {"torch": "2.13.0+cpu", "transformers": "5.17.3", "numba": "0.9"})
+    result = match_profile(matched().with_overrides(told), MODEL, here)
+    assert result.level == "compatible" and len(result.reasons) == 1
+    assert "measured with torch 2.12.1, here 2.13.0+cpu" in result.reasons[0] and "harness.check" in result.reasons[0]
+    now = datetime(2026, 11, 1, tzinfo=UTC)
+    for created, reasons in (("2026-08-03T00:00:00+00:00", 0), ("2026-08-02", 1), ("2027-01-01", 0), ("once", 0)):
+        aged = matched().with_overrides({"provenance.created": created})
+        result = match_profile(aged, MODEL, MACHINE, now)
+        assert (result.level, len(result.reasons)) == ("compatible" if reasons else "exact", reasons)
+
+
+def test_overrides_leave_what_they_were_made_of_as_it_was() -> None:
+    given: dict[str, Any] = {"limits": {"slo_tpot_ms": 5.0}, "limits.slo_ttft_ms": 6.0}
+    assert Profile.default().with_overrides(given).limits is not None
+    assert given == {"limits": {"slo_tpot_ms": 5.0}, "limits.slo_ttft_ms": 6.0}
 
 
 def test_another_name_of_the_same_kind_of_device_is_compatible() -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import torch
 
 from harness.demo.checkpoint import MATRICES, PAGE_BYTES, Checkpoint, TensorSpec, write_shards
 from runtime.errors import BudgetError, ExpertFlowError, UnsupportedModelError
+from runtime.profile import checkpoint_cache
 
 DEFAULT_SHARD_BYTES = 512 * 2**20
 LAYOUTS = ("hub", "fused")
@@ -239,17 +241,22 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "model"
 
 
-def default_cache() -> Path:
-    """$EXPERTFLOW_CACHE, or ~/.cache/expertflow."""
-    return Path(os.environ.get("EXPERTFLOW_CACHE") or Path.home() / ".cache" / "expertflow")
-
-
 def _name(source: Path, shape: Shape, shard_bytes: int, layout: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(source.glob("*.safetensors")):
         digest.update(path.read_bytes())
     shards = "" if shard_bytes == DEFAULT_SHARD_BYTES else f"-shard{shard_bytes}"
     return f"demo-{digest.hexdigest()[:8]}-hidden{shape.hidden_size}-expert{shape.expert_bytes}-{layout}{shards}"
+
+
+def command_of(folder: Path) -> str | None:
+    """The command that makes a folder of `widened`, by its name; None: it is none."""
+    found = re.fullmatch(r"demo-\w{8}-hidden(\d+)-expert(\d+)-(\w+?)(?:-shard(\d+))?", folder.name)
+    if found is None:
+        return None
+    hidden_size, expert_bytes, layout, shard_bytes = found.groups()
+    command = f"python -m harness.demo --expert-bytes {expert_bytes} --hidden-size {hidden_size} --layout {layout}"
+    return command if shard_bytes is None else f"{command} --shard-bytes {shard_bytes}"
 
 
 def widened(
@@ -264,7 +271,7 @@ def widened(
     source = bundled_model()
     checkpoint = Checkpoint(source)
     shape = choose_shape(checkpoint.hidden_size, checkpoint.intermediate_size, expert_bytes, hidden_size)
-    out = (cache_dir or default_cache()) / _name(source, shape, shard_bytes, layout)
+    out = (cache_dir or checkpoint_cache()) / _name(source, shape, shard_bytes, layout)
     if out.exists():
         return out
     try:

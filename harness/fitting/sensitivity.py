@@ -25,6 +25,7 @@ from runtime.engine import Engine
 from runtime.errors import UsageError
 from runtime.facts import describe
 from runtime.predictors.artifact import RoutingShape
+from runtime.profile import Profile
 
 THRESHOLD = 0.85
 """Agreement from which on a layer counts as insensitive; the paper's example."""
@@ -88,7 +89,8 @@ def sensitivity_of(
             f"--sensitivity {checkpoint}: {identity.layers} layers x {identity.experts} experts, top-{identity.top_k}; "
             f"the traces are of a model of {shape.layers} x {shape.experts}, top-{shape.top_k}: give the same model"
         )
-    with load(checkpoint, overrides={"predictor.kind": "none", "compute.threads": options.threads}) as engine:
+    overrides = {"predictor.kind": "none", "compute.threads": options.threads}
+    with load(Profile.default(), checkpoint, overrides=overrides) as engine:
         return measure(engine, workload, threshold=threshold, seed=options.seed, quiet=quiet)
 
 

@@ -13,7 +13,7 @@ from harness.measure.provenance import commit
 from harness.measure.stats import median
 from harness.search.outcome import Measurement
 from runtime import machine
-from runtime.profile import Bandwidth, Match, ModelIdentity, Objectives, Provenance
+from runtime.profile import Bandwidth, Match, ModelIdentity, Objectives, Provenance, portable
 
 _PACKAGES = ("expertflow", "torch", "transformers", "optuna", "numba")
 _BANDWIDTH_TOLERANCE = 0.5
@@ -50,9 +50,12 @@ def match(model: ModelIdentity, bandwidth_bytes_per_s: float) -> Match:
 
 def provenance(model: str, command: str) -> Provenance:
     """Who made this, with what, when."""
+    from harness.demo.widen import command_of  # torch
+
     return Provenance(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        model=near(model),
+        model=portable(model),
+        model_command=command_of(Path(model)),
         versions=versions(),
         commit=commit(),
         hardware=dict(machine.fingerprint()),
@@ -69,9 +72,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def near(path: str) -> str:
-    """A path below the working folder as a relative one; anything else as it is."""
-    absolute = Path(path).absolute()
-    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else path
