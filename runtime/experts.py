@@ -12,7 +12,8 @@ in which its resident counterpart does, so that the result is the same to the bi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -43,7 +44,7 @@ class ExpertSource(Protocol):
 
     def serve(
         self, experts: Sequence[int], tokens: Sequence[int], choice: npt.NDArray[np.int64]
-    ) -> Iterator[Sequence[Arrival]]:
+    ) -> Generator[Sequence[Arrival], None, None]:
         """Yield the distinct `experts` in groups as they are ready, in any order.
 
         `tokens[i]` tokens chose `experts[i]`; `choice` is the router's [T, K].
@@ -335,8 +336,11 @@ class LayerRunner:
             observer(choice, weights)
         experts, tokens = _distinct(choice, self.module.num_experts)
         kernel = self.kernel()(self.module, hidden, index, weights, experts)
-        for group in self.source.serve(experts, tokens, choice) if experts else ():
-            kernel.add(group)
+        if experts:
+            # Closed at once when computing fails: whoever keeps the error would keep the leases with it.
+            with closing(self.source.serve(experts, tokens, choice)) as groups:
+                for group in groups:
+                    kernel.add(group)
         return kernel.result()
 
 
@@ -355,7 +359,7 @@ class ResidentSource:
 
     def serve(
         self, experts: Sequence[int], tokens: Sequence[int], choice: npt.NDArray[np.int64]
-    ) -> Iterator[Sequence[Arrival]]:
+    ) -> Generator[Sequence[Arrival], None, None]:
         """All at once."""
         yield [
             Arrival(expert, {name: getattr(self._module, name)[expert] for name in self._parameters})

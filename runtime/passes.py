@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from runtime.errors import UsageError
 from runtime.vocabulary import Pass, Phase
 
 
@@ -22,28 +25,62 @@ class Composition(NamedTuple):
 
 
 class PassTracker:
-    """Knows the running pass and tells listeners when one begins.
+    """Knows the running pass and tells listeners when one begins, and others when it has ended well.
+
+    Passes run one at a time, whichever threads call the model: each waits until the one before it has ended.
 
     A pass with one token per sequence is a decode step. Every new sequence gets a number that no other one of the run
-    has: in ordinary `generate`, a pass whose KV cache is empty begins new sequences, any other goes on with those of
-    the last batch of its size. Continuous batching flattens its sequences into one row, so its scheduler `announce`s
-    each pass.
+    has: in ordinary `generate`, a pass whose KV cache is empty begins new sequences, any other goes on with those that
+    its cache is known for, else with those of the calling thread's last batch of its size. Continuous batching flattens
+    its sequences into one row, so its scheduler `announce`s each pass.
 
     Attributes:
+        lock: held while a pass runs; re-entrant.
+        on_failure: called when a pass was broken off by whatever was raised, before that is raised further.
+        is_running: a pass has begun and its experts may be in use.
         task: that of the requests of ordinary passes, from now on; None: not known.
     """
 
     def __init__(self) -> None:
         self.current = Pass(Phase.PREFILL, 0, 0)
         self.listeners: list[Callable[[Pass], None]] = []
+        self.end_listeners: list[Callable[[Pass], None]] = []
         self.task: str | None = None
+        self.on_failure: list[Callable[[], None]] = []
+        self.is_running = False
         self._step = self._num_requests = 0
-        self._batches: dict[int, tuple[int, ...]] = {}  # by size: the numbers of the last batch
+        self._by_cache: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
+        self._own = _LastBatches()
         self._announced: Composition | None = None
+        self.lock, self._closed = threading.RLock(), threading.Event()
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Follow `model`; the base model is watched, so that a language-model head above it does not matter."""
-        model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        """Follow `model`: a pass begins with its base model and ends with its head, if it has one.
+
+        `forward` is wrapped: hooks are not called when something other than an `Exception` breaks a pass off.
+        """
+        base: Any = model.base_model
+        base.forward = self._followed(base.forward)
+        whole: Any = model
+        whole.forward = self._told(whole.forward)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other thread's pass runs meanwhile; waits for the one that does. The same thread may enter again.
+
+        Raises:
+            UsageError: the engine was closed.
+        """
+        with self.lock:
+            if self._closed.is_set():
+                raise UsageError("the engine is closed: its model cannot run any more; load it again")
+            yield
+
+    def close(self) -> None:
+        """Let no further pass begin, and wait for the one that runs, unless the caller is in it. Idempotent."""
+        self._closed.set()
+        with self.lock:
+            pass
 
     def number_requests(self, count: int) -> tuple[int, ...]:
         """Numbers for `count` new requests, ascending."""
@@ -59,13 +96,41 @@ class PassTracker:
     def unseen(self) -> Iterator[None]:
         """Passes of which nobody is told and which leave no trace here."""
         state = dict(vars(self))
-        self.listeners, self._batches = [], {}
+        self.listeners, self.end_listeners, self._by_cache, self._own = [], [], WeakKeyDictionary(), _LastBatches()
         try:
             yield
         finally:
             vars(self).update(state)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _followed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            with self.alone():
+                self.is_running = True
+                try:
+                    self._begin(args, kwargs)
+                    return forward(*args, **kwargs)
+                except BaseException:
+                    for recover in self.on_failure:
+                        recover()
+                    raise
+                finally:
+                    self.is_running = False
+
+        return followed
+
+    def _told(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            with self.alone():
+                output = forward(*args, **kwargs)
+                for listener in self.end_listeners:
+                    listener(self.current)
+                return output
+
+        return told
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         shaped = ids if ids is not None else kwargs["inputs_embeds"]
         batch, length = shaped.shape[0], shaped.shape[1]
@@ -87,11 +152,16 @@ class PassTracker:
             listener(self.current)
 
     def _of_batch(self, batch: int, length: int, cache: Any) -> Composition:
-        known = self._batches.get(batch)
+        known = None if cache is None else self._by_cache.get(cache)
+        if known is None or len(known) != batch:
+            known = self._own.by_size.get(batch)
         # One token with no cache to be seen: a state-space model keeps it elsewhere.
         goes_on = length == 1 if cache is None else bool(cache.get_seq_length() > 0)
         if known is None or not goes_on:
-            known = self._batches[batch] = self.number_requests(batch)
+            known = self.number_requests(batch)
+        self._own.by_size[batch] = known
+        if cache is not None:
+            self._by_cache[cache] = known
         phase = Phase.DECODE if length == 1 else Phase.PREFILL
         requests = tuple(number for number in known for _ in range(length))
         return Composition(phase, requests, () if self.task is None else (self.task,) * len(requests))
@@ -102,6 +172,13 @@ class PassTracker:
         if announced is not None:
             return announced
         return Composition(Phase.DECODE if num_sequences == num_tokens else Phase.PREFILL)
+
+
+class _LastBatches(threading.local):
+    """Of each thread, by size: the numbers of its last batch."""
+
+    def __init__(self) -> None:
+        self.by_size: dict[int, tuple[int, ...]] = {}
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +27,40 @@ class Pool:
         self.store, self.arena, self.coordinator = store, arena, coordinator
         self._views: dict[int, tuple[int, Weights]] = {}
 
+    @property
+    def num_slots(self) -> int:
+        """Slots in use; the arena may have more."""
+        return self.coordinator.residency.num_slots
+
+    @property
+    def uncharged_bytes(self) -> int:
+        """Memory that the slots in use will take once they are filled."""
+        return self.coordinator.residency.num_free * self.arena.slot_bytes
+
+    @property
+    def charged_bytes(self) -> int:
+        """Memory that they have taken."""
+        return self.num_slots * self.arena.slot_bytes - self.uncharged_bytes
+
+    def resize(self, num_slots: int) -> int:
+        """Go on with `num_slots` slots (from 1 to the arena's), between passes; the bytes that the system has back.
+
+        Fewer: the experts most worth keeping move down and stay, without being read again. More: the new slots take
+        memory as they are filled.
+        """
+        residency = self.coordinator.residency
+        before = self.num_slots
+        if num_slots >= before:
+            self.coordinator.grow(num_slots)
+            return 0
+        self.coordinator.settle()
+        plan = residency.plan_shrink(num_slots)
+        for move in plan.moves:
+            self.arena.move(move.source, move.target)
+        residency.shrink(plan)
+        self._views.clear()
+        return min(self.arena.release_tail(num_slots), (before - num_slots) * self.arena.slot_bytes)
+
     def weights(self, expert: int) -> Weights:
         """The parameters of a resident expert, as views of its slot."""
         slot = self.coordinator.residency.slot_of(expert)
@@ -44,7 +78,7 @@ class Pool:
         Slots are taken in turn, whatever the loads say, so what they held is overwritten; see `restore`.
         """
         transfer = self.coordinator.transfer
-        window = min(self.arena.num_slots, 8)
+        window = min(self.num_slots, 8)
         outstanding: list[int] = []
         for turn, load in enumerate(loads):
             while len(outstanding) == window or load.expert in outstanding:
@@ -89,7 +123,7 @@ class OffloadedSource:
 
     def serve(
         self, experts: Sequence[int], tokens: Sequence[int], choice: npt.NDArray[np.int64]
-    ) -> Iterator[Sequence[Arrival]]:
+    ) -> Generator[Sequence[Arrival], None, None]:
         """The experts as they arrive; each is leased until the next group is asked for."""
         demand = [self._base + index for index in experts]
         routed = choice if self.substitution is None else self.substitution.routed

@@ -3,7 +3,7 @@ arrive."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
 import numpy as np
 
@@ -51,6 +51,9 @@ class Coordinator:
 
     def begin(self, passing: Pass) -> None:
         """A forward pass starts: what the predictor knows of it already is prefetched before its first layer."""
+        for slot in tuple(self.residency.withheld):
+            if not self.transfer.is_filling(slot):
+                self.residency.readmit(slot)
         self._depth = self.governor.depth(passing.phase, passing.num_tokens, self._reading())
         self.predictor.begin(passing)
         if self.refreshes:
@@ -61,7 +64,7 @@ class Coordinator:
 
     def serve(
         self, layer: int, demand: Sequence[int], tokens: Sequence[int], observation: Observation
-    ) -> Iterator[Sequence[int]]:
+    ) -> Generator[Sequence[int], None, None]:
         """Yield the demanded experts in groups as they are ready; each is leased until the next group is asked for.
 
         Args:
@@ -70,7 +73,8 @@ class Coordinator:
             observation: what the router saw and said, for the predictor.
 
         Raises:
-            TransferError: an expert could not be read. Leases are given back and the engine stays usable.
+            TransferError: an expert could not be read, or no slot is left to read it into. Leases are given back and
+                the engine stays usable.
         """
         num_tokens = len(observation.experts)
         self._land(demand)
@@ -85,13 +89,19 @@ class Coordinator:
         yield from self._arrivals(layer, plan)
         while plan.deferred:
             plan = self.residency.plan(layer, plan.deferred, [0] * len(plan.deferred), num_tokens, first=False)
+            if not (plan.hits or plan.awaited):
+                raise TransferError("no expert slot is left: reads into them have not returned; check the disk")
             self._act(plan)
             yield from self._arrivals(layer, plan)
 
     def _land(self, experts: Sequence[int]) -> None:
-        """Take note of the prefetches among `experts` that have arrived since anyone looked."""
+        """Take note of the prefetches among `experts` that have arrived or failed since anyone looked; those that
+        failed will be loaded on demand."""
         loading = [expert for expert in experts if self.residency.is_loading(expert)]
         self.residency.complete([expert for expert in loading if self.transfer.is_ready(expert)])
+        for expert in loading:
+            if self.transfer.has_failed(expert):
+                self._drop(expert)
 
     def _note_used_prefetches(self, demand: Sequence[int]) -> None:
         if self.needed_loads is not None:
@@ -191,7 +201,8 @@ class Coordinator:
                 self._release(arrived, leased)
                 self._load_ahead(layer)
         except TransferError:
-            self._abandon(leased)
+            self.settle()
+            leased = {expert for expert in leased if self.residency.slot_of(expert) >= 0}
             raise
         finally:
             self._release(tuple(leased), leased)
@@ -200,14 +211,41 @@ class Coordinator:
         self.residency.release(experts)
         leased.difference_update(experts)
 
-    def _abandon(self, leased: set[int]) -> None:
-        """Forget every load that has not arrived, the failed one among them; nothing may write into their slots
-        later."""
+    def settle(self) -> None:
+        """Forget every load that has not arrived, failed ones among them: nothing is under way any more."""
         self.transfer.drain()
-        loading = [expert for expert in self.residency.resident() if self.residency.is_loading(expert)]
-        for expert in loading:
+        for expert in self._loading():
             if self.transfer.is_ready(expert):
                 self.residency.complete([expert])
             else:
-                self.residency.drop(expert)
-                leased.discard(expert)
+                self._drop(expert)
+
+    def recover(self) -> None:
+        """A pass was broken off, anywhere: end its leases and its loads.
+
+        What has arrived since is given up, too: of a load that was never submitted nobody can tell.
+        """
+        self.residency.void_leases()
+        self.transfer.drain()
+        for expert in self._loading():
+            self._drop(expert)
+
+    def _loading(self) -> list[int]:
+        return [expert for expert in self.residency.resident() if self.residency.is_loading(expert)]
+
+    def grow(self, num_slots: int) -> None:
+        """Use `num_slots` slots, at least as many as now, from the next pass on."""
+        former = self.residency.num_slots
+        self.residency.grow(num_slots)
+        for slot in range(former, num_slots):
+            self._keep_out(slot)
+
+    def _drop(self, expert: int) -> None:
+        slot = self.residency.slot_of(expert)
+        self.residency.drop(expert)
+        self._keep_out(slot)
+
+    def _keep_out(self, slot: int) -> None:
+        """Let nobody use a free slot that a read which has not returned may still write into."""
+        if self.transfer.is_filling(slot):
+            self.residency.withhold(slot)

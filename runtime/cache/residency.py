@@ -4,13 +4,16 @@ The engine calls it once per layer, through `Residency.plan`; a replay of a trac
 simulator built on this class cannot disagree with the engine. Nothing here reads a clock or touches a weight.
 
 Life of a slot: `plan` decides a load and leases the expert → the transfer brings it → `complete` → compute → `release`.
-A leased expert is never evicted. A load that failed is taken back with `drop`.
+A leased expert is never evicted. A load that failed is taken back with `drop`; a slot that something may still write
+into is kept out of use with `withhold`. Between passes the slots in use become fewer with `plan_shrink` and `shrink`,
+and more with `grow`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +21,32 @@ import numpy.typing as npt
 from runtime.cache import steps as compiled
 from runtime.cache import timeline
 from runtime.cache.policies import FORESEEING, ORACLE, POLICIES, TD_CONTEXT, Policy
-from runtime.cache.steps import DEFERRED, NUM_FREE, Count, IntArray, flat, new_state
+from runtime.cache.steps import DEFERRED, FREE, NUM_FREE, WITHHELD, Count, IntArray, flat, new_state
 from runtime.cache.timeline import FloatArray, Link, Steps, Times
 from runtime.errors import BudgetError
 from runtime.vocabulary import Load, LoadReason, Lookup, Plan
 
-__all__ = ["Count", "Residency", "next_demands"]
+__all__ = ["Count", "Move", "Residency", "Shrink", "next_demands"]
 
 _CONTEXT = {Policy.NEXT_USE: 1, Policy.PROBABILISTIC_BELADY: 1, Policy.TD_NEXT_USE: TD_CONTEXT}
 """Layer steps whose experts a policy learns from, by policy; of the others none."""
+
+
+class Move(NamedTuple):
+    """The bytes of `expert` go from slot `source` to slot `target`, which holds nothing that is needed."""
+
+    expert: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shrink:
+    """How to go on with the first `num_slots` slots: who goes, and who moves down from the slots that are given up."""
+
+    num_slots: int
+    evictions: tuple[int, ...]
+    moves: tuple[Move, ...]
 
 
 class Residency:
@@ -34,12 +54,14 @@ class Residency:
 
     Args:
         num_layers, num_experts: MoE layers of the pool, experts per layer.
-        num_slots: at least 1. A layer step that demands more experts than there are slots is served in waves.
+        num_slots: at least 1, in use from now on. A layer step that demands more experts than there are slots is
+            served in waves.
         top_k: experts per token, the prior of the frequency estimates.
         policy: name of an eviction policy (`policies.POLICIES`), or "belady", for `replay` only.
 
     Attributes:
         foresees: the policy goes by forecasts; see `foresee`.
+        withheld: slots that nobody may use; see `withhold`.
 
     Raises:
         BudgetError: fewer than one slot.
@@ -61,6 +83,7 @@ class Residency:
         )
         self._is_stale = self._state.layers["is_stale"]
         self.foresees = policy in FORESEEING
+        self.withheld: set[int] = set()
 
     def plan(
         self, layer: int, demand: Sequence[int], tokens: Sequence[int], num_tokens: int, *, first: bool = True
@@ -159,9 +182,65 @@ class Residency:
         """
         return timeline.replay(self._flat, link, self._policy, layer_steps, times)
 
+    def plan_shrink(self, num_slots: int) -> Shrink:
+        """How to go on with the first `num_slots` slots (at least 1, at most those in use) and the experts most worth
+        keeping, by the policy as it stands between two passes. Nothing is leased, and every resident has arrived.
+        """
+        assert 1 <= num_slots <= self.num_slots, f"{num_slots} of {self.num_slots} slots"
+        residents = np.flatnonzero(self._slot_of >= 0)
+        assert not self._leases.any() and self._ready[residents].all(), "slots are in use"
+        tiers, scores = np.empty(self._slot_of.size, np.int64), np.empty(self._slot_of.size)
+        compiled.appraise(*self._flat, self._policy, self.num_layers - 1, tiers, scores)
+        slots = self._slot_of[residents]
+        first_to_go = residents[np.lexsort((slots, scores[residents], tiers[residents]))]
+        num_kept = min(residents.size, num_slots - sum(slot < num_slots for slot in self.withheld))
+        evictions, kept = np.split(first_to_go, [residents.size - num_kept])
+        staying = {int(slot) for slot in self._slot_of[kept]} | self.withheld
+        targets = (slot for slot in range(num_slots) if slot not in staying)
+        moving = sorted((int(self._slot_of[expert]), int(expert)) for expert in kept)
+        moves = [Move(expert, slot, next(targets)) for slot, expert in moving if slot >= num_slots]
+        return Shrink(num_slots, tuple(evictions.tolist()), tuple(moves))
+
+    def shrink(self, plan: Shrink) -> None:
+        """Note that `plan` was carried out."""
+        for expert in plan.evictions:
+            self._state.counts[Count.EVICTIONS] += 1
+            self._state.counts[Count.PREFETCH_WASTED] += self._prefetched[expert]
+            self.drop(expert)
+        for expert, source, target in plan.moves:
+            self._state.expert_in[[source, target]] = FREE, expert
+            self._slot_of[expert] = target
+        self._is_stale[:] = True  # among equals the slot decides
+        self.withheld = {slot for slot in self.withheld if slot < plan.num_slots}
+        self._use(self._state.expert_in[: plan.num_slots].copy())
+
+    def grow(self, num_slots: int) -> None:
+        """Use `num_slots` slots, at least as many as now; the new ones are free."""
+        assert num_slots >= self.num_slots, f"{num_slots} slots are fewer than {self.num_slots}"
+        self._use(np.append(self._state.expert_in, np.full(num_slots - self.num_slots, FREE)))
+
+    def _use(self, expert_in: IntArray) -> None:
+        self.num_slots = expert_in.size
+        self._state = self._state._replace(expert_in=expert_in)
+        self._state.scalars[NUM_FREE] = (expert_in == FREE).sum()
+        self._flat = flat(self._state)
+
+    def withhold(self, slot: int) -> None:
+        """Keep a free slot out of use: something may still write into it."""
+        assert self._state.expert_in[slot] == FREE, f"slot {slot} is not free"
+        self._state.expert_in[slot] = WITHHELD
+        self._state.scalars[NUM_FREE] -= 1
+        self.withheld.add(slot)
+
+    def readmit(self, slot: int) -> None:
+        """Let a withheld slot be used again."""
+        self.withheld.remove(slot)
+        self._state.expert_in[slot] = FREE
+        self._state.scalars[NUM_FREE] += 1
+
     @property
     def num_free(self) -> int:
-        """Slots without an expert."""
+        """Slots that are free."""
         return int(self._state.scalars[NUM_FREE])
 
     def present(self, layer: int) -> npt.NDArray[np.bool_]:
@@ -198,12 +277,17 @@ class Residency:
             self._leases[expert] -= 1
             self._is_stale[expert // self.num_experts] = True
 
+    def void_leases(self) -> None:
+        """Nobody computes any more: end every lease, whoever took it."""
+        self._leases[:] = 0
+        self._is_stale[:] = True
+
     def drop(self, expert: int) -> None:
         """Forget a resident expert whose load failed or was abandoned; its slot is free, its leases are void."""
         state = self._state
         slot = self._slot_of[expert]
         assert slot >= 0, f"expert {expert} dropped without a slot"
-        state.expert_in[slot] = -1
+        state.expert_in[slot] = FREE
         state.scalars[NUM_FREE] += 1
         self._slot_of[expert] = -1
         self._is_stale[expert // self.num_experts] = True
@@ -231,7 +315,9 @@ class Residency:
         assert len(set(slots.tolist())) == residents.size, "two experts share a slot"
         assert np.array_equal(state.expert_in[slots], residents), "slot and expert disagree"
         assert int((state.expert_in >= 0).sum()) == residents.size, "a slot holds an expert that is not resident"
-        assert int(state.scalars[NUM_FREE]) == self.num_slots - residents.size, "the free slots are miscounted"
+        assert int(state.scalars[NUM_FREE]) == (state.expert_in == FREE).sum(), "the free slots are miscounted"
+        assert set(np.flatnonzero(state.expert_in == WITHHELD).tolist()) == self.withheld, "withheld slots differ"
+        assert state.expert_in.size == self.num_slots, "the slots are miscounted"
         absent = self._slot_of < 0
         for name in ("ready", "prefetched", "unwanted", "leases"):
             assert not state.experts[name][absent].any(), f"an absent expert is {name}"

@@ -28,6 +28,7 @@ from runtime.cache.policies import (
 IntArray = npt.NDArray[np.int64]
 
 DEFERRED = 3  # beside the values of Lookup: no slot could be found
+FREE, WITHHELD = -1, -2  # in `State.expert_in`, beside experts: nobody may use a withheld slot
 
 
 class Count(enum.IntEnum):
@@ -86,7 +87,7 @@ class State(NamedTuple):
 
     experts: npt.NDArray[np.void]  # records of EXPERT
     layers: npt.NDArray[np.void]  # records of LAYER
-    expert_in: IntArray  # per slot; -1: free
+    expert_in: IntArray  # per slot; or FREE, or WITHHELD
     follows: npt.NDArray[np.float32]  # [expert, index]: what `expert` now adds to P(index at the layer's next token);
     # of `td_next_use` [layer steps ago * experts + expert, index]: to what the next use of index is worth
     counts: IntArray  # per Count
@@ -107,7 +108,7 @@ def new_state(num_layers: int, per_layer: int, num_slots: int, prior: float, *, 
     return State(
         experts=experts,
         layers=layers,
-        expert_in=np.full(num_slots, -1),
+        expert_in=np.full(num_slots, FREE),
         follows=np.zeros((context * experts.size, per_layer if context else 0), np.float32),
         counts=np.zeros(len(Count), np.int64),
         scalars=scalars,
@@ -120,25 +121,38 @@ def flat(state: State) -> tuple[npt.NDArray[Any], ...]:
 
 
 @njit(inline="always")
-def _goes_before(state, policy, layer, expert, needed_by, tier, value, slot):  # type: ignore[no-untyped-def]
-    """Whether `expert` is a better victim than the best so far (its tier, score and slot); and the best of the two.
+def _tier_of(own, now):  # type: ignore[no-untyped-def]
+    """Tiers of victims: 0 predicted but unwanted, 1 ordinary, 2 forecast for a step still to come."""
+    return 0 if own.unwanted else (2 if own.needed_at > now else 1)
 
-    Tiers: 0 predicted but unwanted, 1 ordinary, 2 forecast for a step still to come, 3 none. With `needed_by` >= 0 (a
-    prefetch needed at that step), experts forecast for that step or sooner are no victims at all.
+
+@njit(inline="always")
+def _score_of(state, policy, layer, expert):  # type: ignore[no-untyped-def]
+    """The policy's score of a resident after a step of `layer`."""
+    own, num_layers = state.experts[expert], state.layers.size
+    own_layer = expert // (state.experts.size // num_layers)
+    return score(
+        policy, own.last_used, own.loaded_at, own.uses, own.fast, own.medium, own.slow, own.soon, own.next_demand,
+        own.forecast, own.share, own.wait, state.scalars[NOW], own_layer, (own_layer - layer - 1) % num_layers + 1,
+        num_layers,
+    )  # fmt: skip
+
+
+@njit(inline="always")
+def _goes_before(state, policy, layer, expert, needed_by, tier, value, slot):  # type: ignore[no-untyped-def]
+    """Whether `expert` is a better victim than the best so far (its tier, 3: there is none, its score and slot); and
+    the best of the two.
+
+    With `needed_by` >= 0 (a prefetch needed at that step), experts forecast for that step or sooner are no victims.
     """
-    now, num_layers = state.scalars[NOW], state.layers.size
+    now = state.scalars[NOW]
     own = state.experts[expert]
-    coming = own.needed_at > now
-    own_tier = 0 if own.unwanted else (2 if coming else 1)
+    own_tier = _tier_of(own, now)
     if own.slot_of < 0 or own.leases > 0 or own_tier > tier:
         return False, tier, value, slot
-    if coming and needed_by >= 0 and own.needed_at <= needed_by:
+    if own.needed_at > now and needed_by >= 0 and own.needed_at <= needed_by:
         return False, tier, value, slot
-    own_layer = expert // (state.experts.size // num_layers)
-    own_value = score(
-        policy, own.last_used, own.loaded_at, own.uses, own.fast, own.medium, own.slow, own.soon, own.next_demand,
-        own.forecast, own.share, own.wait, now, own_layer, (own_layer - layer - 1) % num_layers + 1, num_layers,
-    )  # fmt: skip
+    own_value = _score_of(state, policy, layer, expert)
     if own_tier < tier or own_value < value or (own_value == value and own.slot_of < slot):
         return True, own_tier, own_value, own.slot_of
     return False, tier, value, slot
@@ -150,7 +164,7 @@ def _worst_of(state, policy, layer, start, end, are_slots, needed_by):  # type: 
     worst, tier, value, slot = -1, 3, np.inf, state.expert_in.size
     for one in range(start, end):
         expert = state.expert_in[one] if are_slots else one
-        if state.experts[expert].slot_of >= 0:
+        if expert >= 0 and state.experts[expert].slot_of >= 0:
             goes, tier, value, slot = _goes_before(state, policy, layer, expert, needed_by, tier, value, slot)
             if goes:
                 worst = expert
@@ -166,7 +180,7 @@ def _victim(state, policy, layer, needed_by):  # type: ignore[no-untyped-def]
     """
     if state.scalars[NUM_FREE] > 0:
         for slot in range(state.expert_in.size):
-            if state.expert_in[slot] < 0:
+            if state.expert_in[slot] == FREE:
                 return slot
     if not KEEPS_ORDER[policy]:
         worst = _worst_of(state, policy, layer, 0, state.expert_in.size, True, needed_by)
@@ -383,8 +397,8 @@ def plan_ahead(state, policy, layer, wanted, steps_ahead, slots):  # type: ignor
         slots[i] = slot
 
 
-def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """The compiled step and the prefetch plan. The first arguments are `flat(state)`.
+def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
+    """The compiled step, the prefetch plan and the worth of experts. The first arguments are `flat(state)`.
 
     Numba keeps compiled code on disk under the time stamp of the file that a function stands in and the values that it
     closes over, but not of what it calls. Closing over the policies' source makes an edited formula a new entry
@@ -408,7 +422,16 @@ def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None]]:
         state = State(experts.view(EXPERT), layers.view(LAYER), expert_in, follows, counts, scalars)
         plan_ahead(state, policy, layer, wanted, steps_ahead, slots)
 
-    return step, prefetch
+    @njit(cache=True)
+    def appraise(experts, layers, expert_in, follows, counts, scalars, policy, layer, tiers, scores):  # type: ignore[no-untyped-def]
+        """Tier and score of every expert as a resident, [experts] each: the lowest (tier, score) goes first."""
+        len(formulas)
+        state = State(experts.view(EXPERT), layers.view(LAYER), expert_in, follows, counts, scalars)
+        for expert in range(state.experts.size):
+            tiers[expert] = _tier_of(state.experts[expert], state.scalars[NOW])
+            scores[expert] = _score_of(state, policy, layer, expert)
+
+    return step, prefetch, appraise
 
 
-step, prefetch = _compile(SOURCE)
+step, prefetch, appraise = _compile(SOURCE)

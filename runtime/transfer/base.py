@@ -14,7 +14,7 @@ class TransferStats:
     """Counters since the last reset. `num_bytes` counts bytes asked of the medium, alignment included.
 
     `busy_s` is the time in which at least one read was under way, `stall_s` the time that `wait_any` blocked its
-    caller.
+    caller. `num_retries` counts reads that were tried again, `num_failed_loads` loads that failed for all that.
     """
 
     num_loads: int = 0
@@ -22,6 +22,8 @@ class TransferStats:
     num_cancelled: int = 0
     busy_s: float = 0.0
     stall_s: float = 0.0
+    num_retries: int = 0
+    num_failed_loads: int = 0
 
 
 class Transfer(ABC):
@@ -57,16 +59,27 @@ class Transfer(ABC):
         """True when the last load of `expert` has ended well (and for ever after, until it is submitted again)."""
 
     @abstractmethod
+    def has_failed(self, expert: int) -> bool:
+        """True when the last load of `expert` failed or was given up; it can be submitted again."""
+
+    @abstractmethod
+    def is_filling(self, slot: int) -> bool:
+        """True while something may still write into `slot`: a load of it is under way, or was given up before its
+        read returned. A load that is submitted for it meanwhile does not start."""
+
+    @abstractmethod
     def wait_any(self, experts: Collection[int]) -> list[int]:
         """Block until at least one of `experts` is ready; return all of them that are, in the order given.
 
         Raises:
-            TransferError: the load of one of `experts` failed; it can be submitted again.
+            TransferError: the load of one of `experts` failed, or nothing moves any more: then what is under way is
+                given up. They can be submitted again, into slots that are not `is_filling`.
         """
 
     @abstractmethod
     def drain(self) -> None:
-        """Cancel what is queued and block until nothing is under way. The transfer stays usable."""
+        """Cancel what is queued and block until nothing is under way, or nothing moves any more: then what is under way
+        is given up. The transfer stays usable."""
 
     @abstractmethod
     def stats(self) -> TransferStats:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
 from runtime.errors import TransferError
 from runtime.transfer.base import Transfer, TransferStats
-from runtime.transfer.io_crew import BusyClock, IoCrew
+from runtime.transfer.io_crew import HANG_S, BusyClock, IoCrew
 from runtime.transfer.layout import PAGE_BYTES, Conversion, Segment, Source
 from runtime.transfer.queue import LoadState
 from runtime.transfer.reader import FileReader, Read, Region, cut
@@ -64,7 +64,9 @@ class _ExpertReader:
 class DiskTransfer(Transfer):
     """Reads experts from their checkpoint files into the slots of an arena.
 
-    A load is cut into pieces, which the threads share; a demand load overtakes a prefetch at its next piece.
+    A load is cut into pieces, which the threads share; a demand load overtakes a prefetch at its next piece. A read
+    that fails is tried again a few times. One that hangs takes its thread with it until it returns, and its slot, which
+    `is_filling` as long.
 
     Args:
         store: where experts lie. arena: where they go; its slots are at least `store.slot_bytes` long.
@@ -72,7 +74,8 @@ class DiskTransfer(Transfer):
         piece_bytes: size of one read, up to 1.5 times that; a multiple of 4096. 2-3 MiB keep two threads busy.
         direct: None O_DIRECT where the file system takes it, else buffered reads without read-ahead that drop their
             pages from the cache; True and False force one of them.
-        read: how bytes are read, with the signature of `os.preadv`.
+        read: how bytes are read, with the signature of `os.preadv`. sleep: waits before another try.
+        hang_s: without a read that ends for so long, what is under way is given up.
 
     Raises:
         CheckpointError: a file cannot be opened (as asked). ValueError: an argument makes no sense.
@@ -86,16 +89,18 @@ class DiskTransfer(Transfer):
         piece_bytes: int = 2 << 20,
         direct: bool | None = None,
         read: Read = os.preadv,
+        sleep: Callable[[float], None] = time.sleep,
+        hang_s: float = HANG_S,
     ) -> None:
         if io_threads < 1 or piece_bytes < PAGE_BYTES or piece_bytes % PAGE_BYTES:
             raise ValueError(f"{io_threads} threads with pieces of {piece_bytes} bytes: 1 or more, multiples of 4096")
         if arena.slot_bytes < store.slot_bytes:
             raise ValueError(f"slots of {arena.slot_bytes} bytes do not hold experts of {store.slot_bytes}")
         clock = BusyClock()
-        files = FileReader(store.files, direct, clock, read)
+        files = FileReader(store.files, direct, clock, read, sleep)
         self._store, self._num_slots = store, arena.num_slots
         self._reader = _ExpertReader(store, arena, files, piece_bytes)
-        self._crew = IoCrew(self._reader, clock, io_threads)
+        self._crew = IoCrew(self._reader, clock, io_threads, hang_s)
         self._stall_s = 0.0
         self.is_direct = files.is_direct
         weakref.finalize(self, self._crew.abandon).atexit = False
@@ -134,37 +139,59 @@ class DiskTransfer(Transfer):
         load = self._crew.queue.find(expert)
         return load is not None and load.state is LoadState.READY
 
+    def has_failed(self, expert: int) -> bool:
+        """See `Transfer.has_failed`."""
+        load = self._crew.queue.find(expert)
+        return load is not None and load.has_failed
+
+    def is_filling(self, slot: int) -> bool:
+        """See `Transfer.is_filling`."""
+        with self._crew.lock:
+            return self._crew.queue.is_filling(slot)
+
     def wait_any(self, experts: Collection[int]) -> list[int]:
         """See `Transfer.wait_any`. Raises ValueError when none of `experts` is being loaded: it would wait for ever."""
         with self._crew.lock:
-            ready = self._ready(experts)
-            if not ready:
-                began_s = time.perf_counter()
-                while not ready:
-                    self._crew.ended.wait()
-                    ready = self._ready(experts)
+            if ready := self._ready(experts):
+                return ready
+            began_s = time.perf_counter()
+            try:
+                return self._await(experts)
+            finally:
                 self._stall_s += time.perf_counter() - began_s
-            return ready
+
+    def _await(self, experts: Collection[int]) -> list[int]:
+        while self._crew.await_end():
+            if ready := self._ready(experts):
+                return ready
+        self._ready(experts)  # says so where one of them was given up; else they wait for others
+        names = ", ".join(map(self._describe, experts))
+        raise TransferError(f"{names}: reads before it have not returned for {self._crew.hang_s:g} s; check the disk")
 
     def drain(self) -> None:
         """See `Transfer.drain`."""
-        crew = self._crew
-        with crew.lock:
-            crew.queue.cancel_queued()
-            while crew.queue.num_under_way:
-                crew.ended.wait()
+        with self._crew.lock:
+            self._crew.drain()
 
     def stats(self) -> TransferStats:
         """See `Transfer.stats`."""
         crew = self._crew
         with crew.lock:
             busy_s, num_bytes = crew.clock.totals()
-            return TransferStats(crew.num_loads, num_bytes, crew.queue.num_cancelled, busy_s, self._stall_s)
+            return TransferStats(
+                crew.num_loads,
+                num_bytes,
+                crew.queue.num_cancelled,
+                busy_s,
+                self._stall_s,
+                crew.clock.num_retries,
+                crew.queue.num_failed,
+            )
 
     def reset_stats(self) -> None:
         """See `Transfer.reset_stats`."""
         with self._crew.lock:
-            self._crew.num_loads = self._crew.queue.num_cancelled = 0
+            self._crew.num_loads = self._crew.queue.num_cancelled = self._crew.queue.num_failed = 0
             self._crew.clock.reset()
             self._stall_s = 0.0
 
@@ -178,11 +205,14 @@ class DiskTransfer(Transfer):
             load = self._crew.queue.find(expert)
             if load is None or load.state is LoadState.CANCELLED:
                 continue
-            if load.state is LoadState.FAILED:
-                raise TransferError(f"{self._store.describe(expert)} (number {expert}): {load.error}")
+            if load.has_failed:
+                raise TransferError(f"{self._describe(expert)}: {load.error}")
             if load.state is LoadState.READY:
                 ready.append(expert)
             is_coming = True
         if not is_coming:
             raise ValueError(f"none of the experts {sorted(experts)} is being loaded: submit them first")
         return ready
+
+    def _describe(self, expert: int) -> str:
+        return f"{self._store.describe(expert)} (number {expert})"

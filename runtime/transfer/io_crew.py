@@ -11,6 +11,9 @@ from typing import Protocol
 from runtime.transfer.queue import LoadQueue, QueuedLoad
 from runtime.transfer.reader import ReadFailure, Region, bounce_region
 
+HANG_S = 60.0
+"""Without a read that ends for so long, the disk hangs: the loads under way are given up."""
+
 
 class PieceReader(Protocol):
     """Performs one piece of a load."""
@@ -33,6 +36,7 @@ class BusyClock:
         self._lock = threading.Lock()
         self._num_open, self._since_s = 0, 0.0
         self._busy_s, self._num_bytes = 0.0, 0
+        self.num_retries = 0
 
     def begin(self, num_bytes: int) -> None:
         with self._lock:
@@ -47,6 +51,10 @@ class BusyClock:
             if self._num_open == 0:
                 self._busy_s += time.perf_counter() - self._since_s
 
+    def retry(self) -> None:
+        with self._lock:
+            self.num_retries += 1
+
     def totals(self) -> tuple[float, int]:
         """Busy seconds, reads under way included, and bytes."""
         with self._lock:
@@ -56,15 +64,17 @@ class BusyClock:
     def reset(self) -> None:
         with self._lock:
             self._busy_s, self._num_bytes, self._since_s = 0.0, 0, time.perf_counter()
+            self.num_retries = 0
 
 
 class IoCrew:
     """The I/O threads and what they share with the engine's thread. They refer to it, never to the transfer."""
 
-    def __init__(self, reader: PieceReader, clock: BusyClock, num_threads: int) -> None:
-        self.reader, self.clock = reader, clock
+    def __init__(self, reader: PieceReader, clock: BusyClock, num_threads: int, hang_s: float) -> None:
+        self.reader, self.clock, self.hang_s = reader, clock, hang_s
         self.queue = LoadQueue()
         self.num_loads, self.is_closing = 0, False
+        self._num_pieces = 0  # that ended
         self.lock = threading.Lock()
         self.work, self.ended = threading.Condition(self.lock), threading.Condition(self.lock)
         bounces = [bounce_region(reader.piece_bytes) for _ in range(num_threads)]
@@ -74,14 +84,35 @@ class IoCrew:
             thread.start()
 
     def close(self) -> None:
-        """Drop what is queued, let what is under way end, stop the threads, close the files. Idempotent."""
+        """Drop what is queued, let what is under way end, stop the threads, close the files. Idempotent.
+
+        A thread whose read hangs is left alone with its file: it ends when the read returns.
+        """
         if not self.is_closing:
             with self.lock:
                 self.is_closing = True
                 self.work.notify_all()
+                self.drain()
+                if self.queue.num_given_up:
+                    return
             for thread in self._threads:
                 thread.join()
             self.reader.close()
+
+    def drain(self) -> None:
+        """Cancel what is queued and wait until nothing is under way, or give it up. The caller holds the lock."""
+        self.queue.cancel_queued()
+        while self.queue.under_way:
+            self.await_end()
+
+    def await_end(self) -> bool:
+        """Wait until a load may have ended; False when nothing moves, and all under way was given up. The caller holds
+        the lock."""
+        num_pieces = self._num_pieces
+        if self.ended.wait(self.hang_s) or self._num_pieces != num_pieces:
+            return True
+        self.queue.give_up(f"no read has ended for {self.hang_s:g} s; check the disk")
+        return False
 
     def abandon(self) -> None:
         """Tell the threads to stop and wait for nothing: the garbage collector may call this inside any of them."""
@@ -95,6 +126,7 @@ class IoCrew:
             load, piece = taken
             error = self._perform(load, piece, bounce)
             with self.lock:
+                self._num_pieces += 1
                 if self.queue.finish(load, error):
                     self.num_loads += not load.error
                     self.ended.notify_all()

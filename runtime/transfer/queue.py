@@ -14,13 +14,17 @@ from runtime.vocabulary import Load, LoadReason
 
 
 class LoadState(enum.IntEnum):
-    """Where a load is in its life; from READY on it has ended."""
+    """Where a load is in its life; from READY on it has ended.
+
+    GIVEN_UP: it has failed, but a read for it has not returned and may still write into its slot.
+    """
 
     QUEUED = 0
     UNDER_WAY = 1
-    READY = 2
-    FAILED = 3
-    CANCELLED = 4
+    GIVEN_UP = 2
+    READY = 3
+    FAILED = 4
+    CANCELLED = 5
 
 
 @dataclass(eq=False, slots=True)
@@ -38,9 +42,19 @@ class QueuedLoad:
     error: str = ""
 
     @property
+    def has_failed(self) -> bool:
+        """True when it will not be ready any more."""
+        return self.state in (LoadState.FAILED, LoadState.GIVEN_UP)
+
+    @property
     def has_ended(self) -> bool:
         """True when nobody reads for this load any more."""
         return self.state >= LoadState.READY
+
+    @property
+    def is_filling(self) -> bool:
+        """True when somebody may be reading for it."""
+        return self.state in (LoadState.UNDER_WAY, LoadState.GIVEN_UP)
 
 
 @dataclass(slots=True)
@@ -48,7 +62,9 @@ class LoadQueue:
     """Loads by the time and the reason of their submission, and the last load of every expert and slot."""
 
     num_cancelled: int = 0
-    num_under_way: int = 0
+    num_failed: int = 0
+    num_given_up: int = 0  # and whose reads have not returned
+    under_way: dict[QueuedLoad, None] = field(default_factory=dict)
     _by_expert: dict[int, QueuedLoad] = field(default_factory=dict)
     _by_slot: dict[int, QueuedLoad] = field(default_factory=dict)
     _waiting: tuple[dict[QueuedLoad, None], dict[QueuedLoad, None]] = field(default_factory=lambda: ({}, {}))
@@ -59,7 +75,7 @@ class LoadQueue:
             earlier = self._by_slot.get(slot)
             new = QueuedLoad(expert, slot, reason, num_pieces(expert))
             if earlier is not None:
-                new.after = earlier if earlier.state is LoadState.UNDER_WAY else earlier.after
+                new.after = earlier if earlier.is_filling else earlier.after
                 self._drop(earlier)
             self._by_expert[expert] = self._by_slot[slot] = new
             self._waiting[reason][new] = None
@@ -67,6 +83,11 @@ class LoadQueue:
     def find(self, expert: int) -> QueuedLoad | None:
         """The last load of `expert`, whatever became of it."""
         return self._by_expert.get(expert)
+
+    def is_filling(self, slot: int) -> bool:
+        """True while a load of `slot` may be writing into it."""
+        load = self._by_slot.get(slot)
+        return load is not None and (load.is_filling or (load.after is not None and load.after.is_filling))
 
     @property
     def has_waiting(self) -> bool:
@@ -102,19 +123,39 @@ class LoadQueue:
     def finish(self, load: QueuedLoad, error: str = "") -> bool:
         """Note that a piece was read, or why it could not be; True when the load has ended with it."""
         load.num_done += 1
-        if error and not load.error:
+        if error:
+            self._fail(load, error)
+        return self._end(load)
+
+    def give_up(self, error: str) -> None:
+        """Fail every load under way, whether or not its reads return."""
+        for load in list(self.under_way):
+            self._fail(load, error)
+            if not self._end(load):
+                load.state = LoadState.GIVEN_UP
+                self.num_given_up += 1
+        self.under_way.clear()
+
+    def _fail(self, load: QueuedLoad, error: str) -> None:
+        """Take no further piece of a load."""
+        if not load.error:
             load.error, load.num_pieces = error, load.num_taken
             self._waiting[load.reason].pop(load, None)
+            self.num_failed += 1
+
+    def _end(self, load: QueuedLoad) -> bool:
+        """Note that a load has ended if nothing of it is left to read."""
         if load.num_done < load.num_pieces:
             return False
-        self.num_under_way -= 1
+        self.under_way.pop(load, None)
+        self.num_given_up -= load.state is LoadState.GIVEN_UP
         load.state = LoadState.FAILED if load.error else LoadState.READY
         return True
 
     def _take_from(self, load: QueuedLoad) -> int:
         if load.state is LoadState.QUEUED:
             load.state, load.after = LoadState.UNDER_WAY, None
-            self.num_under_way += 1
+            self.under_way[load] = None
         load.num_taken += 1
         if load.num_taken == load.num_pieces:
             del self._waiting[load.reason][load]

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,9 @@ from runtime.errors import CheckpointError
 from runtime.transfer.layout import PAGE_BYTES, Segment
 
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+
+BACKOFF_S = (0.01, 0.05)
+"""How long to wait before a read that failed or came out short is tried again; after the last one it has failed."""
 
 Read = Callable[[int, list[memoryview], int], int]
 """The signature of `os.preadv`: descriptor, buffers, file offset → bytes read."""
@@ -41,9 +45,12 @@ class ReadClock(Protocol):
     def end(self) -> None:
         """It has ended, well or not."""
 
+    def retry(self) -> None:
+        """It was not well and is tried again."""
+
 
 class ReadFailure(Exception):
-    """A read failed or came out short; the message says what, where and how much."""
+    """A read failed or came out short for good; the message says what, where, how much and how often."""
 
 
 def bounce_region(piece_bytes: int) -> Region:
@@ -68,17 +75,24 @@ class FileReader:
     Args:
         direct: True O_DIRECT, False buffered (no read-ahead; pages are dropped from the cache after the read), None
             O_DIRECT for each file whose file system takes it.
-        read: how bytes are read; `os.preadv` but for tests.
+        read: how bytes are read; `os.preadv` but for tests. sleep: how to wait before another try.
 
     Raises:
         CheckpointError: a file cannot be opened, or O_DIRECT was asked for and is not to be had.
     """
 
-    def __init__(self, files: Sequence[Path], direct: bool | None, clock: ReadClock, read: Read = os.preadv) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        direct: bool | None,
+        clock: ReadClock,
+        read: Read = os.preadv,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._descriptors: list[int] = []
         self._is_direct: list[bool] = []
         self.files = tuple(files)
-        self._clock, self._read = clock, read
+        self._clock, self._read, self._sleep = clock, read, sleep
         try:
             for file in files:
                 descriptor, is_direct = _open(file, direct)
@@ -144,19 +158,38 @@ class FileReader:
 
     def _checked_read(self, segment: Segment, buffers: list[memoryview], start: int) -> None:
         """Read `buffers` from byte `start`; they may reach beyond the end of the file, `segment` may not."""
-        wanted_bytes = segment.offset + segment.num_bytes - start
-        path = self.files[segment.file]
-        where = f"{path}: {segment.num_bytes} bytes from byte {segment.offset}"
+        what = self._try_read(segment, buffers, start)
+        for pause_s in BACKOFF_S:
+            if what is None or self._is_cut(segment):
+                break
+            self._clock.retry()
+            self._sleep(pause_s)
+            what = self._try_read(segment, buffers, start)
+        if what is None:
+            return
+        where = f"{self.files[segment.file]}: {segment.num_bytes} bytes from byte {segment.offset}"
+        if self._is_cut(segment):
+            raise ReadFailure(f"{where} wanted, {what}: the file is shorter than it was; download it again")
+        raise ReadFailure(f"{where} could not be read in {len(BACKOFF_S) + 1} attempts ({what}); check the disk")
+
+    def _try_read(self, segment: Segment, buffers: list[memoryview], start: int) -> str | None:
+        """What went wrong, if anything did."""
         self._clock.begin(sum(buffer.nbytes for buffer in buffers))
         try:
             got_bytes = self._read(self._descriptors[segment.file], buffers, start)
         except OSError as error:
-            raise ReadFailure(f"{where} could not be read ({error.strerror or error}); check the disk") from error
+            return str(error.strerror or error)
         finally:
             self._clock.end()
-        if got_bytes < wanted_bytes:
-            got_bytes = max(0, got_bytes - (segment.offset - start))
-            raise ReadFailure(f"{where} wanted, got {got_bytes}: the file is shorter than it was; download it again")
+        is_whole = start + got_bytes >= segment.offset + segment.num_bytes
+        return None if is_whole else f"got {max(0, got_bytes - (segment.offset - start))}"
+
+    def _is_cut(self, segment: Segment) -> bool:
+        """True when the file does not hold all of `segment` any more: to try again is of no use."""
+        try:
+            return os.fstat(self._descriptors[segment.file]).st_size < segment.offset + segment.num_bytes
+        except OSError:
+            return False
 
 
 def _open(file: Path, direct: bool | None) -> tuple[int, bool]:

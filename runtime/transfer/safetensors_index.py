@@ -32,6 +32,7 @@ DTYPES = {
 }
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MOST_DIMENSIONS = 64  # of a tensor in torch
 _WAY_OUT = "download it again"
 
 
@@ -63,7 +64,7 @@ def read_header(file: Path) -> list[TensorEntry]:
             stream.seek(0)
             header, data_start = _parse(file, stream.read(_LENGTH_BYTES), stream, file_bytes)
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); {_WAY_OUT}") from error
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); {_WAY_OUT}") from error
     entries = [_entry(file, name, fields, data_start) for name, fields in header.items() if name != "__metadata__"]
     entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
     _check_contiguous(file, entries, data_start, file_bytes)
@@ -82,6 +83,8 @@ def _parse(file: Path, length: bytes, stream: Any, file_bytes: int) -> tuple[dic
         header = json.loads(stream.read(header_bytes))
     except ValueError as error:
         raise CheckpointError(f"{file}: the safetensors header is not JSON ({error}); {_WAY_OUT}") from error
+    except RecursionError:
+        raise CheckpointError(f"{file}: the safetensors header is nested too deeply; {_WAY_OUT}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the safetensors header is not a JSON object; {_WAY_OUT}")
     return header, _LENGTH_BYTES + header_bytes
@@ -92,8 +95,10 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         begin, end = fields["data_offsets"]
         shape = tuple(fields["shape"])
         dtype = DTYPES.get(fields["dtype"])
-        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-            raise TypeError("a size or an offset is not a whole number")
+        if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end)):
+            raise TypeError("a size or an offset is not a whole number of 63 bits")
+        if len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"{len(shape)} dimensions")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file}: the header's entry of tensor {name!r} is corrupt ({error}); {_WAY_OUT}"

@@ -80,6 +80,14 @@ class SimulatedTransfer(Transfer):
         load = self._queue.find(expert)
         return load is not None and load.state is LoadState.READY
 
+    def has_failed(self, expert: int) -> bool:
+        """See `Transfer.has_failed`."""
+        return False
+
+    def is_filling(self, slot: int) -> bool:
+        """See `Transfer.is_filling`."""
+        return self._queue.is_filling(slot)
+
     def wait_any(self, experts: Collection[int]) -> list[int]:
         """See `Transfer.wait_any`. Moves `now_s` to the earliest end of a load among `experts`."""
         ready = [expert for expert in experts if self.is_ready(expert)]

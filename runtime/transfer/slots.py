@@ -74,16 +74,25 @@ class SlotArena:
         strides = [math.prod(place.shape[i + 1 :]) for i in range(len(place.shape))]
         return whole.as_strided(place.shape, strides, offset)
 
-    def release_tail(self, num_slots: int) -> None:
+    def move(self, source: int, target: int) -> None:
+        """Copy all bytes of slot `source` to slot `target`; nobody may be using either."""
+        ctypes.memmove(self.address(target), self.address(source), self.slot_bytes)
+
+    def release_tail(self, num_slots: int) -> int:
         """Give the memory of all slots from `num_slots` on back to the system; their content is lost, reads give zeros.
 
         The addresses stay valid: a slot that is written again is charged again. Nobody may be using those slots.
+
+        Returns:
+            bytes of those slots that the system has back now, or never charged.
         """
         if not 1 <= num_slots <= self.num_slots:
             raise BudgetError(f"the arena has {self.num_slots} slots: {num_slots} of them cannot be kept")
-        if num_slots < self.num_slots:
-            start = num_slots * self.slot_bytes
-            self._mapping.madvise(mmap.MADV_DONTNEED, start, self.num_slots * self.slot_bytes - start)
+        start = num_slots * self.slot_bytes
+        num_bytes = self.num_slots * self.slot_bytes - start
+        if num_bytes:
+            self._mapping.madvise(mmap.MADV_DONTNEED, start, num_bytes)
+        return num_bytes
 
     def _start(self, slot: int) -> int:
         if not 0 <= slot < self.num_slots:

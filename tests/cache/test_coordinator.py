@@ -37,9 +37,24 @@ class Fixed(Predictor):
 
 
 class Broken(SimulatedTransfer):
-    """Fails on one expert."""
+    """Fails on one expert; into one slot something may still be written."""
 
-    bad = -1
+    bad = filling = -1
+    heals = False  # when it is asked for the bad one again
+
+    def submit(self, loads: Sequence[Load]) -> None:
+        if self.heals and any(load.expert == self.bad for load in loads):
+            self.bad = -1
+        super().submit(loads)
+
+    def is_ready(self, expert: int) -> bool:
+        return expert != self.bad and super().is_ready(expert)
+
+    def has_failed(self, expert: int) -> bool:
+        return expert == self.bad and super().is_ready(expert)
+
+    def is_filling(self, slot: int) -> bool:
+        return slot == self.filling or super().is_filling(slot)
 
     def wait_any(self, experts):  # type: ignore[no-untyped-def]
         if self.bad in experts:
@@ -146,10 +161,71 @@ def test_a_failed_read_gives_everything_back_and_the_engine_goes_on() -> None:
     assert sorted(chain.from_iterable(_serve(coordinator, 0, [1, 2, 3, 4]))) == [1, 2, 3, 4]
 
 
+def test_a_prefetch_that_failed_is_loaded_on_demand_and_hurts_nobody_before() -> None:
+    coordinator = _coordinator(8, Fixed([[], [3, 4], [], []]), depth=1)
+    transfer: Broken = coordinator.transfer  # type: ignore[assignment]
+    transfer.bad = EXPERTS + 3
+    _serve(coordinator, 0, [0])
+    transfer.advance(5.0)
+    assert _serve(coordinator, 1, [4, 5]) == [[4], [5]], "whoever does not need it does not hear of it"
+    transfer.heals = True
+    assert _serve(coordinator, 1, [3]) == [[3]]
+    assert coordinator.residency.counts()[Count.MISSES] == 3, "0, 5, and the prefetch that failed"
+    coordinator.residency.check_integrity()
+
+
+def test_a_slot_that_may_still_be_written_is_left_alone_until_it_may_not() -> None:
+    coordinator = _coordinator(2)
+    transfer: Broken = coordinator.transfer  # type: ignore[assignment]
+    transfer.bad, transfer.filling = 0, 0
+    with pytest.raises(TransferError, match="cannot be read"):
+        _serve(coordinator, 0, [0])
+    transfer.bad = -1
+    for layer in range(LAYERS):
+        assert _serve(coordinator, layer, [1, 2]) == [[1], [2]]
+        assert 0 not in map(coordinator.residency.slot_of, coordinator.residency.resident())
+    coordinator.residency.check_integrity()
+    coordinator.begin(_observation().passing)
+    assert coordinator.residency.withheld == {0}
+    transfer.filling = -1
+    coordinator.begin(_observation().passing)
+    assert coordinator.residency.withheld == set() and coordinator.residency.num_free == 1
+
+
+def test_without_a_slot_that_can_be_used_a_layer_is_refused() -> None:
+    coordinator = _coordinator(1)
+    transfer: Broken = coordinator.transfer  # type: ignore[assignment]
+    transfer.bad, transfer.filling = 0, 0
+    for match in ("cannot be read", "no expert slot is left"):
+        with pytest.raises(TransferError, match=match):
+            _serve(coordinator, 0, [0])
+    coordinator.grow(2)
+    transfer.bad = -1
+    transfer.filling = 3
+    coordinator.grow(4)
+    assert coordinator.residency.withheld == {0, 3}, "a slot that was given up, and is taken again"
+    transfer.filling = 0
+    assert _serve(coordinator, 0, [0]) == [[0]]
+    transfer.filling = -1
+    coordinator.residency.check_integrity()
+
+
+def test_a_pass_that_was_broken_off_anywhere_leaves_nothing_behind() -> None:
+    coordinator = _coordinator(4, Fixed([[], [5, 6], [], []]), depth=1)
+    groups = coordinator.serve(0, [0, 1], [1, 1], _observation())
+    assert list(next(groups)) == [0]
+    coordinator.residency.plan(0, [2], [1], 1)  # decided, leased, and never submitted
+    groups.close()
+    coordinator.recover()
+    coordinator.residency.check_integrity()
+    assert not any(map(coordinator.residency.is_loading, coordinator.residency.resident()))
+    assert sorted(chain.from_iterable(_serve(coordinator, 0, [1, 2, 3, 4]))) == [1, 2, 3, 4]
+
+
 def test_leases_end_when_the_consumer_stops_in_the_middle() -> None:
     coordinator = _coordinator(2)
     groups = coordinator.serve(0, [0, 1], [1, 1], _observation())
-    next(iter(groups))
-    groups.close()  # type: ignore[attr-defined]
+    next(groups)
+    groups.close()
     assert sorted(chain.from_iterable(_serve(coordinator, 1, [0, 1]))) == [0, 1]
     coordinator.residency.check_integrity()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.cache.policies import POLICIES
-from runtime.cache.residency import Count, Residency
+from runtime.cache.residency import Count, Move, Residency, Shrink
 from runtime.errors import BudgetError
 from runtime.vocabulary import LoadReason
 
@@ -176,6 +176,77 @@ def test_a_dropped_expert_frees_its_slot() -> None:
     assert residency.plan(0, [1], [1], 1).loads[0].slot == 0
 
 
+def test_a_shrink_keeps_what_the_policy_would_evict_last_and_moves_it_down() -> None:
+    residency = Residency(1, 8, 4, 1, "lru")
+    for expert in (0, 1, 2, 3, 0):
+        _step(residency, 0, [expert])
+    plan = residency.plan_shrink(2)
+    assert plan == Shrink(2, evictions=(1, 2), moves=(Move(3, 3, 1),))
+    assert residency.num_slots == 4, "only planned"
+    residency.shrink(plan)
+    residency.check_integrity()
+    assert (residency.resident(), residency.num_slots, residency.num_free) == ([0, 3], 2, 0)
+    assert residency.counts()[Count.EVICTIONS] == 2
+    _step(residency, 0, [5])
+    assert residency.resident() == [0, 5]
+    residency.grow(3)
+    assert residency.num_free == 1
+    _step(residency, 0, [6])
+    assert residency.resident() == [0, 5, 6]
+    residency.check_integrity()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_shrink_gives_up_what_single_evictions_would(policy: str) -> None:
+    """Slot by slot, a prefetch for the next pass takes the victims in the same order."""
+    rng = np.random.default_rng(1)
+    one, other = (Residency(3, 8, 12, 2, policy) for _ in range(2))
+    for step in range(120):
+        experts = (step % 3 * 8 + rng.choice(8, 2, replace=False)).tolist()
+        _step(one, step % 3, experts)
+        _step(other, step % 3, experts)
+    absent = [expert for expert in range(24) if other.slot_of(expert) < 0]
+    victims = []
+    for expert in absent[:5]:
+        before = set(other.resident())
+        assert other.plan_prefetch(2, [expert], [1])
+        victims += list(before - set(other.resident()))
+        other.complete([expert])
+    assert list(one.plan_shrink(7).evictions) == victims
+
+
+def test_free_slots_are_given_up_before_anything_is_evicted_and_prefetches_count_as_wasted() -> None:
+    residency = Residency(2, 4, 6, 1, "lru")
+    _step(residency, 0, [0, 1])
+    assert len(residency.plan_prefetch(0, [4], [1])) == 1
+    residency.complete([4])
+    assert residency.plan_shrink(3) == Shrink(3, (), ())
+    residency.shrink(residency.plan_shrink(3))
+    _step(residency, 1, [5])
+    residency.shrink(residency.plan_shrink(1))
+    assert residency.counts()[Count.PREFETCH_WASTED] == 1 and len(residency.resident()) == 1
+    residency.check_integrity()
+
+
+def test_nobody_gets_a_withheld_slot() -> None:
+    residency = Residency(1, 8, 3, 1, "lru")
+    _step(residency, 0, [0])
+    (load,) = residency.plan(0, [1], [1], 1).loads
+    residency.drop(1)
+    residency.withhold(load.slot)
+    for expert in (2, 3, 4):
+        _step(residency, 0, [expert])
+        assert residency.slot_of(expert) != load.slot
+    residency.check_integrity()
+    assert residency.plan_shrink(2).num_slots == 2
+    residency.shrink(residency.plan_shrink(2))
+    assert len(residency.resident()) == 1, "one of the two is withheld"
+    residency.readmit(load.slot)
+    _step(residency, 0, [5])
+    assert residency.slot_of(5) == load.slot
+    residency.check_integrity()
+
+
 def test_fewer_than_one_slot_is_refused() -> None:
     with pytest.raises(BudgetError, match="at least 1"):
         Residency(1, 4, 0, 1, "lru")
@@ -191,16 +262,29 @@ def test_fewer_than_one_slot_is_refused() -> None:
             st.sets(st.integers(0, 5), min_size=1, max_size=6),
             st.lists(st.integers(0, 5), max_size=3, unique=True),
             st.booleans(),
+            st.integers(0, 24),
         ),
         max_size=25,
     ),
 )
 def test_invariants_hold_under_any_schedule(
-    policy: str, num_slots: int, steps: list[tuple[int, set[int], list[int], bool]]
+    policy: str, num_slots: int, steps: list[tuple[int, set[int], list[int], bool, int]]
 ) -> None:
-    """Demands, prefetches that arrive or stay in flight, waves: the arrays never contradict each other."""
+    """Demands, prefetches that arrive or stay in flight, waves, slots that become fewer or more: the arrays never
+    contradict each other, and what a shrink keeps is where its moves say."""
     residency = Residency(3, 6, num_slots, 2, policy)
-    for layer, demand, ahead, lands in steps:
+    for layer, demand, ahead, lands, in_use in steps:
+        if 1 <= in_use < residency.num_slots:
+            residency.complete(residency.resident())
+            plan, before = residency.plan_shrink(in_use), residency.resident()
+            places = {expert: residency.slot_of(expert) for expert in set(before) - set(plan.evictions)}
+            assert len(places) == min(len(before), in_use)
+            residency.shrink(plan)
+            places |= {move.expert: move.target for move in plan.moves}
+            assert places == {expert: residency.slot_of(expert) for expert in residency.resident()}
+        elif residency.num_slots < in_use <= 12:
+            residency.grow(in_use)
+        num_slots = residency.num_slots
         _step(residency, layer, [layer * 6 + expert for expert in sorted(demand)])
         wanted = [(layer + 1) % 3 * 6 + expert for expert in ahead]
         loads = residency.plan_prefetch(layer, wanted, [1] * len(wanted))

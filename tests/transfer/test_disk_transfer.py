@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,11 @@ def crash(descriptor: int, buffers: list[memoryview], offset: int) -> int:
 @MODES
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [(fail, "Input/output error.*check the disk"), (come_short, "got .*download it again"), (crash, "SystemExit")],
+    [
+        (fail, r"in 3 attempts \(Input/output error\); check the disk"),
+        (come_short, r"in 3 attempts \(got \d+\); check the disk"),
+        (crash, "SystemExit"),
+    ],
 )
 def test_failed_load_is_told_to_its_waiter_only(
     tmp_path: Path, direct: bool | None, fault: Fault, message: str
@@ -91,6 +96,148 @@ def test_file_that_is_cut_while_it_is_open(tmp_path: Path, direct: bool | None) 
     assert transfer.wait_any([1]) == [1]
     assert slot_bytes_of(store, arena, 1, 1) == file_bytes_of(store, 1)
     transfer.close()
+
+
+def failing(times: int, fault: Fault) -> Fault:
+    """Fails so often, then reads."""
+    left = [fault] * times
+    return lambda *read: (left.pop() if left else os.preadv)(*read)
+
+
+@MODES
+@pytest.mark.parametrize("fault", [fail, come_short])
+def test_read_that_fails_twice_is_tried_again_and_counted(tmp_path: Path, direct: bool | None, fault: Fault) -> None:
+    store = plain_store(tmp_path / "experts.bin", 2, 20000)
+    arena, slept = SlotArena(2, store.slot_bytes), list[float]()
+    reads = GatedReads(store, 2)
+    reads.open()
+    reads.faults[1] = failing(2, fault)
+    transfer = DiskTransfer(store, arena, direct=direct, read=reads, sleep=slept.append)
+    transfer.submit([Load(expert, expert, DEMAND) for expert in (0, 1)])
+    for expert in (0, 1):
+        assert transfer.wait_any([expert]) == [expert]
+        assert slot_bytes_of(store, arena, expert, expert) == file_bytes_of(store, expert)
+    stats = transfer.stats()
+    assert (stats.num_loads, stats.num_retries, stats.num_failed_loads, slept) == (2, 2, 0, [0.01, 0.05])
+    transfer.reset_stats()
+    assert transfer.stats().num_retries == 0
+    transfer.close()
+
+
+def test_what_keeps_failing_is_tried_so_often_and_no_more(tmp_path: Path) -> None:
+    store = plain_store(tmp_path / "experts.bin", 2, 8192)
+    reads = GatedReads(store, 2)
+    reads.open()
+    reads.faults[1] = fail
+    transfer = DiskTransfer(store, SlotArena(2, store.slot_bytes), read=reads, sleep=lambda seconds: None)
+    transfer.submit([Load(1, 1, DEMAND)])
+    with pytest.raises(TransferError, match="in 3 attempts"):
+        transfer.wait_any([1])
+    stats = transfer.stats()
+    assert (reads.experts, stats.num_retries, stats.num_failed_loads, stats.num_loads) == ([1, 1, 1], 2, 1, 0)
+    assert transfer.has_failed(1) and not transfer.has_failed(0) and not transfer.is_filling(1)
+    os.truncate(store.files[0], 8192)
+    reads.faults.clear()
+    transfer.submit([Load(1, 1, DEMAND)])
+    with pytest.raises(TransferError, match="the file is shorter than it was"):
+        transfer.wait_any([1])
+    assert (reads.experts, transfer.stats().num_failed_loads) == ([1] * 4, 2), "a file that was cut stays cut"
+    transfer.close()
+
+
+def test_slow_reads_are_waited_for_and_counted_as_stall(tmp_path: Path) -> None:
+    """Every read takes longer than half of what counts as hanging; all of them together much longer."""
+    store = plain_store(tmp_path / "experts.bin", 1, 8 * 4096, first_byte=4096)
+
+    def slowly(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        time.sleep(0.15)
+        return os.preadv(descriptor, buffers, offset)
+
+    arena = SlotArena(1, store.slot_bytes)
+    transfer = DiskTransfer(store, arena, io_threads=1, piece_bytes=4096, read=slowly, hang_s=0.5)
+    transfer.submit([Load(0, 0, DEMAND)])
+    assert transfer.wait_any([0]) == [0]
+    assert slot_bytes_of(store, arena, 0, 0) == file_bytes_of(store, 0)
+    stats = transfer.stats()
+    assert stats.stall_s > 1.0 and (stats.num_retries, stats.num_failed_loads) == (0, 0)
+    transfer.close()
+
+
+class HangingRead:
+    """The first read of an expert does not return before it is told to; all others do."""
+
+    def __init__(self) -> None:
+        self._lock, self._num_reads, self._returns = threading.Lock(), 0, threading.Event()
+
+    def __call__(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        with self._lock:
+            self._num_reads += 1
+            hangs = self._num_reads == 1
+        assert not hangs or self._returns.wait(30)
+        return os.preadv(descriptor, buffers, offset)
+
+    def return_now(self) -> None:
+        self._returns.set()
+
+
+@MODES
+def test_slot_of_a_read_that_hangs_is_written_by_nobody_else_until_it_returns(
+    tmp_path: Path, direct: bool | None
+) -> None:
+    store = plain_store(tmp_path / "experts.bin", 4, 3 * 4096, first_byte=4096)
+    reads, hanging = GatedReads(store, 4), HangingRead()
+    reads.open()
+    reads.faults[1] = hanging
+    arena = SlotArena(3, store.slot_bytes)
+    transfer = DiskTransfer(store, arena, piece_bytes=4096, direct=direct, read=reads, hang_s=0.2)
+    transfer.submit([Load(0, 0, DEMAND), Load(1, 1, DEMAND), Load(2, 2, DEMAND)])
+    assert transfer.wait_any([0]) == [0]
+    with pytest.raises(TransferError, match=r"expert 1 of MoE layer 0 \(number 1\): no read has ended for 0.2 s"):
+        transfer.wait_any([1])
+    transfer.drain()  # at once: what hangs is not waited for again
+    assert transfer.has_failed(1) and [transfer.is_filling(slot) for slot in range(3)] == [False, True, False]
+    transfer.submit([Load(3, 1, DEMAND), Load(1, 0, DEMAND)])
+    assert transfer.wait_any([1]) == [1], "the same expert into another slot, by the other thread"
+    assert slot_bytes_of(store, arena, 0, 1) == file_bytes_of(store, 1)
+    assert reads.experts.count(3) == 0, "it waits for its slot"
+    hanging.return_now()
+    assert transfer.wait_any([3]) == [3] and not transfer.is_filling(1)
+    assert slot_bytes_of(store, arena, 1, 3) == file_bytes_of(store, 3)
+    assert transfer.stats().num_failed_loads == 1
+    transfer.close()
+
+
+def test_waiting_behind_a_read_that_hangs_is_an_error_too(tmp_path: Path) -> None:
+    store = plain_store(tmp_path / "experts.bin", 2, 8192)
+    hanging = HangingRead()
+    transfer = DiskTransfer(store, SlotArena(2, store.slot_bytes), io_threads=1, read=hanging, hang_s=0.1)
+    transfer.submit([Load(0, 0, PREFETCH)])
+    while not transfer.is_filling(0):
+        time.sleep(0.001)
+    transfer.submit([Load(1, 1, DEMAND)])
+    with pytest.raises(TransferError, match=r"\(number 1\): reads before it have not returned for 0.1 s"):
+        transfer.wait_any([1])
+    assert transfer.has_failed(0) and not transfer.has_failed(1)
+    hanging.return_now()
+    assert transfer.wait_any([1]) == [1]
+    transfer.close()
+
+
+def test_close_does_not_wait_for_a_read_that_hangs_for_good(tmp_path: Path) -> None:
+    store = plain_store(tmp_path / "experts.bin", 2, 8192)
+    reads, hanging = GatedReads(store, 2), HangingRead()
+    reads.open()
+    reads.faults[1] = hanging
+    transfer = DiskTransfer(store, SlotArena(2, store.slot_bytes), read=reads, hang_s=0.1)
+    transfer.submit([Load(1, 1, DEMAND)])
+    reads.await_reads(1)
+    threads = transfer._crew._threads
+    transfer.close()
+    assert any(thread.is_alive() for thread in threads)
+    hanging.return_now()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_demand_overtakes_a_prefetch_that_is_half_read(tmp_path: Path) -> None:

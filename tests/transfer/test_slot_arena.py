@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import mmap
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -38,12 +40,41 @@ def test_release_tail_forgets_the_tail_and_keeps_the_rest() -> None:
     arena = SlotArena(4, 4096)
     for slot in range(4):
         arena.view(slot, PLACE).fill_(1.0)
-    arena.release_tail(2)
+    assert arena.release_tail(2) == 2 * 4096
     assert [bool(arena.view(slot, PLACE).all()) for slot in range(4)] == [True, True, False, False]
-    arena.release_tail(4)
+    assert arena.release_tail(4) == 0
     for num_slots in (0, 5):
         with pytest.raises(BudgetError, match="4 slots"):
             arena.release_tail(num_slots)
+
+
+def test_move_copies_a_whole_slot_and_nothing_else() -> None:
+    arena = SlotArena(4, 8192)
+    for slot in range(4):
+        arena.buffer(slot)[:] = bytes([slot + 1]) * 8192
+    arena.move(3, 1)
+    assert [bytes(arena.buffer(slot)) for slot in range(4)] == [bytes([n]) * 8192 for n in (1, 4, 3, 4)]
+    with pytest.raises(IndexError, match="slot 4 of 4"):
+        arena.move(4, 0)
+
+
+def test_released_memory_is_charged_again_only_when_it_is_written() -> None:
+    code = """
+from runtime import machine
+from runtime.transfer.slots import SlotArena
+arena = SlotArena(16, 4 << 20)
+for slot in range(16):
+    arena.buffer(slot)[:] = bytes([1]) * (4 << 20)
+full = machine.resident_bytes()
+arena.release_tail(4)
+shrunk = machine.resident_bytes()
+arena.buffer(10)[:] = bytes([7]) * (4 << 20)
+print(full - shrunk, machine.resident_bytes() - shrunk, arena.buffer(3)[-1], arena.buffer(11)[-1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    given, taken, kept, lost = map(int, done.stdout.split())
+    assert 46 << 20 <= given <= 49 << 20 and 3 << 20 <= taken <= 6 << 20
+    assert (kept, lost) == (1, 0)
 
 
 @pytest.mark.parametrize("num_slots", [0, -1])

@@ -224,6 +224,17 @@ def test_expert_is_ready_until_it_is_submitted_again(link: Link) -> None:
     assert link.transfer.is_ready(0)
 
 
+def test_a_slot_is_being_filled_while_a_load_of_it_is_under_way(link: Link) -> None:
+    assert not link.transfer.is_filling(0)
+    link.submit(demand(0, 0))
+    link.submit(demand(1, 1), demand(2, 0))
+    link.transfer.cancel(2)
+    assert [link.transfer.is_filling(slot) for slot in (0, 1)] == [True, False]
+    assert link.finish() == [0, 1]
+    assert not any(map(link.transfer.is_filling, range(NUM_SLOTS)))
+    assert not any(map(link.transfer.has_failed, range(NUM_EXPERTS)))
+
+
 def test_drain_cancels_what_is_queued_and_awaits_the_rest(link: Link) -> None:
     link.submit(demand(0, 0))
     link.submit(demand(1, 1), prefetch(2, 2))
