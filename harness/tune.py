@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from harness.report.progress import Progress
     from harness.search.confirm import Confirmation
     from harness.search.guide import Guide
-    from harness.search.interrupt import StopRequest
     from harness.search.loop import Choice
     from harness.search.measurer import Measurer
     from harness.search.setup import Setup
     from harness.search.space import Params
     from harness.search.study import Study
+    from runtime.interrupt import StopRequest
 
 PROMPT = "Once upon a time"
 OBJECTIVES = ("latency", "memory", "balanced")
@@ -113,9 +113,9 @@ def tune(setup: Setup, *, use_simulator: bool = True) -> None:
     from harness.report.messages import failures_text, infeasible_text
     from harness.report.results import summary, write_profile, write_run
     from harness.report.run_folder import collect
-    from harness.search.interrupt import StopRequest
     from harness.search.loop import GpuLostError, NothingRunsError
     from harness.search.setup import TuneError
+    from runtime.interrupt import StopRequest
 
     setup, study = setup.begin()
     settings, measurer = setup.settings, setup.measurer()
@@ -123,7 +123,7 @@ def tune(setup: Setup, *, use_simulator: bool = True) -> None:
     print(f"\n{setup.outlook()}\n{_FIGURES}", flush=True)
     watched = closing(_progress(setup, study))
     try:
-        with watched as progress, StopRequest().listening(lambda text: print(text, file=sys.stderr)) as stop:
+        with watched as progress, StopRequest().listening("this run is measured") as stop:
             guide = _guide(setup, measurer, progress) if use_simulator else None
             stop_reason, choice = _searched(setup, study, measurer, guide, progress, stop)
     except NothingRunsError:

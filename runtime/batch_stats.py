@@ -19,7 +19,7 @@ class BatchResult:
     """A run.
 
     Attributes:
-        requests: in the order in which they were given.
+        requests: in the order in which they were given; those that a stop left without a token are missing.
         num_passes: forward passes.
         num_decode_passes: of these, with one token per request.
         decode_batch: mean requests of a decode pass; None without one.
@@ -38,7 +38,9 @@ class BatchResult:
 
     @property
     def tokens_per_s(self) -> float:
-        """Output tokens of all requests per second of the whole run, prefill included."""
+        """Output tokens of all requests per second of the whole run, prefill included; 0 where nothing came out."""
+        if not self.requests:
+            return 0.0
         span_s = max(r.finish_s for r in self.requests) - min(r.arrival_s for r in self.requests)
         return sum(request.num_tokens for request in self.requests) / span_s
 

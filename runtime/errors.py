@@ -55,8 +55,18 @@ def cli_main(run: Callable[[], int | None]) -> int:
     try:
         return run() or 0
     except ExpertFlowError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, as a line that a terminal can show, however much of a mangled file it quotes."""
+    line = " ".join(str(error).split())
+    shown = line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]} …"
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
+
+
+_MOST_CHARACTERS = 2000

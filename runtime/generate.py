@@ -1,30 +1,33 @@
 """Generate text with a profile: `python -m runtime.generate --profile P --prompt "…"`, or many texts in batches:
-`python -m runtime.generate --profile P --prompts FILE.jsonl`."""
+`python -m runtime.generate --profile P --prompts FILE.jsonl`. SIGTERM or Ctrl-C ends it after the running pass, with
+what there is so far; the exit code is then 143 or 130."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.answers import answer, batch_summary
 from runtime.errors import UsageError, cli_main
 from runtime.files import check_writable
+from runtime.interrupt import StopRequest
 from runtime.prompts import Prompt, PromptRequest, RequestResult, check_requests, read_prompts
-from runtime.vocabulary import Phase
 
 if TYPE_CHECKING:
-    from runtime.batch_stats import BatchResult
+    from prometheus_client import CollectorRegistry
+
     from runtime.engine import Engine
-    from runtime.telemetry import EngineStats
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m runtime.generate", description=__doc__)
-    parser.add_argument("--profile", type=Path, help="profile written by harness.tune")
+    parser.add_argument("--profile", metavar="FILE|NAME", help="profile written by harness.tune")
     parser.add_argument("--model", help="checkpoint folder or hub id; default: the one that the profile names")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to go on from; - reads it from standard input")
@@ -49,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="keep what the predictor learns for the next start; default file: the profile's predictor.artifact",
     )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a profile that is stale or made for another model"
+    )
+    parser.add_argument("--probe", action="store_true", help="measure the bandwidth of this machine before trusting it")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics meanwhile; 0: any")
+    parser.add_argument("--metrics-address", default="127.0.0.1", metavar="IP", help="of --metrics-port (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text instead of text")
     return parser
 
@@ -59,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     return cli_main(lambda: _run(options))
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     if options.profile is None and options.model is None:
         raise UsageError("name what to run: --profile FILE (from harness.tune) or --model CHECKPOINT")
     for name in ("max_new_tokens", "concurrency"):
@@ -68,41 +77,71 @@ def _run(options: argparse.Namespace) -> None:
     if options.prompts is None and (options.scheduler or options.concurrency):
         raise UsageError("--scheduler and --concurrency are for several prompts: give them with --prompts FILE")
     check_writable("--trace", options.trace)
+    if options.prompt == "-":
+        options.prompt = sys.stdin.read()
     prompts = [] if options.prompts is None else read_prompts(options.prompts)
     # Imported late: --help and mistakes in the arguments answer at once.
     from transformers.utils.logging import disable_progress_bar
 
     from runtime.build import load
-    from runtime.profile import parse_overrides
+    from runtime.profile import find_profile, parse_overrides
     from runtime.trace import write_trace
 
     disable_progress_bar()
+    if options.profile:
+        options.profile = find_profile(options.profile)
     source = options.profile or options.model
     model = options.model if options.profile else None
     overrides = parse_overrides(options.set)
     if options.scheduler:
         overrides["scheduler.kind"] = options.scheduler
     requests = _requests(options, prompts) if prompts else []
-    with load(source, model, overrides=overrides) as engine:
+    with (
+        _served_metrics(options) as registry,
+        load(source, model, overrides=overrides, strict=options.strict, probe=options.probe) as engine,
+        StopRequest().listening("the running pass ends", (signal.SIGINT, signal.SIGTERM)) as stop,
+    ):
         told = _tell(engine.notes, options)
         saved_to = None if options.save_predictor is None else engine.predictor_file(options.save_predictor or None)
         if options.trace:
             engine.start_trace()
-        if requests:
-            _generate_all(engine, requests, options)
-        else:
-            _generate_one(engine, options)
+        if registry is not None:
+            from runtime.metrics import register
+
+            register(engine, registry)
+        is_complete = (
+            _generate_all(engine, requests, options, stop) if requests else _generate_one(engine, options, stop)
+        )
         _tell(engine.notes[told:], options)
         if options.trace:
             write_trace(options.trace, engine.trace())
         if saved_to:
             engine.save_predictor(saved_to)
+        _say(engine.stats().line())
+        return 0 if is_complete else stop.exit_code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _served_metrics(options: argparse.Namespace) -> Iterator[CollectorRegistry | None]:
+    """The registry that is served, if one is; before the model is loaded, so that a port in use is told at once."""
+    if options.metrics_port is None:
+        yield None
+        return
+    from runtime.metrics import serve
+
+    with serve(options.metrics_port, options.metrics_address) as server:
+        _say(f"metrics    {server.url}")
+        yield server.registry
 
 
 def _tell(notes: Sequence[str], options: argparse.Namespace) -> int:
     """Print `notes` for people; returns how many there are."""
     for note in () if options.json else notes:
-        print(f"note: {note}", file=sys.stderr)
+        _say(f"note: {note}")
     return len(notes)
 
 
@@ -111,12 +150,9 @@ def _requests(options: argparse.Namespace, prompts: Sequence[Prompt]) -> list[Pr
     from runtime.batching import context_of
     from runtime.facts import describe
     from runtime.model import read_tokenizer
-    from runtime.profile import load_profile
+    from runtime.profile import checkpoint_of, load_profile
 
-    checkpoint = options.model
-    if checkpoint is None:
-        provenance = load_profile(options.profile).provenance
-        checkpoint = provenance.model if provenance is not None else None
+    checkpoint = options.model or checkpoint_of(load_profile(options.profile))
     if checkpoint is None:
         return []  # loading will say what is missing
     context = context_of(describe(checkpoint).config)
@@ -135,8 +171,10 @@ def _requests(options: argparse.Namespace, prompts: Sequence[Prompt]) -> list[Pr
     return requests
 
 
-def _generate_all(engine: Engine, requests: Sequence[PromptRequest], options: argparse.Namespace) -> None:
-    """Run `requests` and print each as soon as it and all before it are complete."""
+def _generate_all(
+    engine: Engine, requests: Sequence[PromptRequest], options: argparse.Namespace, stop: StopRequest
+) -> bool:
+    """Run `requests` and print each as soon as it and all before it are complete; False if it was stopped before."""
     from runtime.serving import run_batch
 
     done: dict[str, RequestResult] = {}
@@ -146,7 +184,7 @@ def _generate_all(engine: Engine, requests: Sequence[PromptRequest], options: ar
         done[result.id] = result
         while coming and coming[-1].id in done:
             request = coming.pop()
-            print(_text_of(engine, request, done.pop(request.id), options.json), flush=True)
+            print(answer(engine.tokenizer, request, done.pop(request.id), options.json), flush=True)
 
     run = run_batch(
         engine,
@@ -155,57 +193,34 @@ def _generate_all(engine: Engine, requests: Sequence[PromptRequest], options: ar
         sample=options.sample,
         seed=options.seed,
         on_finish=on_finish,
+        stop=stop,
     )
+    for request in reversed(coming):  # after one that a stop left without a token
+        print(answer(engine.tokenizer, request, done.get(request.id), options.json), flush=True)
     if options.json:
         print(json.dumps({"summary": {**run.as_dict(), **engine.stats().as_dict()}}))
     else:
-        print(f"{_batch_summary(run)}\n{engine.stats().summary()}", file=sys.stderr)
+        _say(f"{batch_summary(run)}\n{engine.stats().summary()}")
+    return len(run.requests) == len(requests) and not any(result.is_cancelled for result in run.requests)
 
 
-def _text_of(engine: Engine, request: PromptRequest, result: RequestResult, as_json: bool) -> str:
-    """One finished request, for people or as JSON."""
-    text = engine.tokenizer.decode(list(result.token_ids), skip_special_tokens=True)
-    if not as_json:
-        tpot = "" if result.tpot_ms is None else f", TPOT {result.tpot_ms:.1f} ms"
-        times = f"TTFT {result.ttft_ms:.0f} ms{tpot}, {result.num_tokens} tokens"
-        return f"== {result.id} ({times})\n{text}\n"
-    return json.dumps(
-        {
-            "id": result.id,
-            "task": result.task,
-            "text": text,
-            "token_ids": list(result.token_ids),
-            "num_prompt_tokens": len(request.prompt_ids),
-            "ttft_ms": result.ttft_ms,
-            "tpot_ms": result.tpot_ms,
-            "latency_ms_per_token": result.latency_ms,
-            "total_ms": result.total_ms,
-            "slo_ms": None if request.slo_s is None else 1e3 * request.slo_s,
-            "slo_met": None if request.slo_s is None else result.total_ms <= 1e3 * request.slo_s,
-        }
-    )
-
-
-def _batch_summary(run: BatchResult) -> str:
-    decode = ""
-    if run.decode_batch is not None and run.distinct_experts is not None:
-        decode = f", {run.decode_batch:.1f} requests and {run.distinct_experts:.1f} experts per layer in a decode pass"
-    return (
-        f"requests   {len(run.requests)}, {run.tokens_per_s:.1f} tokens/s{decode}\n"
-        f"planning   {run.planning_s:.3f} s, {run.hidden_planning_s:.3f} s of it beside a pass"
-    )
-
-
-def _generate_one(engine: Engine, options: argparse.Namespace) -> None:
+def _generate_one(engine: Engine, options: argparse.Namespace, stop: StopRequest) -> bool:
+    """Print how the prompt goes on; False if that was stopped before its end."""
     import torch
     from transformers import TextStreamer
 
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    inputs: Any = engine.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].shape[1] == 0:
+    inputs: Any = engine.tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)
+    num_prompt_tokens = inputs["input_ids"].shape[1]
+    if num_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give at least one token of text")
     torch.manual_seed(options.seed)
-    times = _PassTimes(engine)
+    was_stopped = False
+
+    def should_stop(ids: torch.Tensor, scores: Any, **_: Any) -> bool:
+        nonlocal was_stopped
+        was_stopped = stop() and ids.shape[1] - num_prompt_tokens < options.max_new_tokens
+        return was_stopped
+
     model: Any = engine.model
     with torch.inference_mode():
         output = model.generate(
@@ -213,51 +228,24 @@ def _generate_one(engine: Engine, options: argparse.Namespace) -> None:
             max_new_tokens=options.max_new_tokens,
             do_sample=options.sample,
             streamer=None if options.json else TextStreamer(engine.tokenizer, skip_special_tokens=True),
+            stopping_criteria=[should_stop],
         )
-    times.end()
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new, stats = output[0, num_prompt_tokens:], engine.stats()
     if not options.json:
-        print(_summary(times, engine.stats()), file=sys.stderr)
-        return
+        _say(f"\n{stats.summary()}")
+        return not was_stopped
+    ttft_s, tpot_s = stats.latency.ttft.mean, stats.latency.tpot.mean
     result = {
         "text": engine.tokenizer.decode(new, skip_special_tokens=True),
         "token_ids": new.tolist(),
-        "num_prompt_tokens": inputs["input_ids"].shape[1],
-        "ttft_ms": times.ttft_ms,
-        "tpot_ms": times.tpot_ms,
-        **engine.stats().as_dict(),
+        "interrupted": was_stopped,
+        "num_prompt_tokens": num_prompt_tokens,
+        "ttft_ms": ttft_s and 1e3 * ttft_s,
+        "tpot_ms": tpot_s and 1e3 * tpot_s,
+        **stats.as_dict(),
     }
     print(json.dumps(result))
-
-
-class _PassTimes:
-    """When passes began: the first token is out when the second pass begins (or at the end)."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._marks = [time.perf_counter()]
-        engine.on_pass(
-            lambda passing: self._marks.append(time.perf_counter()) if passing.phase is Phase.DECODE else None
-        )
-
-    def end(self) -> None:
-        self._marks.append(time.perf_counter())
-
-    @property
-    def ttft_ms(self) -> float:
-        """Time to the first token."""
-        return (self._marks[1] - self._marks[0]) * 1e3
-
-    @property
-    def tpot_ms(self) -> float | None:
-        """Mean time per further token; None when there was none."""
-        steps = len(self._marks) - 2
-        return (self._marks[-1] - self._marks[1]) * 1e3 / steps if steps else None
-
-
-def _summary(times: _PassTimes, stats: EngineStats) -> str:
-    tpot = times.tpot_ms
-    speed = "" if tpot is None else f", TPOT {tpot:.1f} ms ({1e3 / tpot:.1f} tokens/s)"
-    return f"\nTTFT {times.ttft_ms:.0f} ms{speed}\n{stats.summary()}"
+    return not was_stopped
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ class Served:
         self.request, self.number, self.arrival_s = request, number, arrival_s
         self.token_ids: list[int] = []
         self.predicted_ids: list[int] = []
-        self.first_token_s = 0.0
+        self.first_token_s = self.last_token_s = 0.0
 
     def take(self, predicted: int) -> int:
         """The token that follows: the predicted one, in a replay the real one."""
@@ -162,7 +163,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         PromptError: the file cannot be read or holds no prompt; a line is no such object or repeats an id.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not `splitlines`: U+2028 is text within JSON
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path}: cannot read the prompts: {error}; give JSON lines in UTF-8") from error
     prompts: dict[str, Prompt] = {}
@@ -186,12 +187,15 @@ def _prompt(line: str, number: int, where: str) -> Prompt:
         found = json.loads(line)
     except ValueError as error:
         raise PromptError(f"{where}: not JSON: {error}") from error
+    except RecursionError:
+        raise PromptError(f"{where}: not JSON that is read here: nested too deeply") from None
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
         raise PromptError(f'{where}: no "prompt" with a text in it: {line[:60]}')
     if unknown := [name for name in found if name not in _FIELDS]:
         raise PromptError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}")
     if not found["prompt"]:
         raise PromptError(f"{where}: the prompt is empty; give at least one token of text")
+    _check_text(found["prompt"], "prompt", where)
     slo_ms = _number(found, "slo_ms", where)
     length = _number(found, "max_new_tokens", where)
     if length is not None and length != int(length):
@@ -209,16 +213,26 @@ def _name(found: dict[str, Any], name: str, default: str, where: str) -> str:
     value = found.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise PromptError(f"{where}: {name} is {value!r}, not a text")
+    _check_text(str(value), name, where)
     return str(value)
+
+
+def _check_text(text: str, name: str, where: str) -> None:
+    """JSON can name half of a surrogate pair, which no file, terminal or tokenizer takes."""
+    if half := re.search("[\ud800-\udfff]", text):
+        raise PromptError(f"{where}: {name} has {half[0]!a} in it, which is no character")
 
 
 def _number(found: dict[str, Any], name: str, where: str) -> float | None:
     value = found.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise PromptError(f"{where}: {name} is {value!r}, not a number above 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _LEAST <= value <= _MOST:
+        raise PromptError(f"{where}: {name} is {value!r}, not a number above 0 (and up to {_MOST:.0e})")
     return value
+
+
+_LEAST, _MOST = 1e-6, 1e12  # milliseconds or tokens: less is none, more than anyone waits for
 
 
 def check_requests(requests: Sequence[PromptRequest], context: int | None) -> None:

@@ -19,14 +19,16 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 
 from runtime.batch_stats import BatchResult, RoutingWatch
 from runtime.batching import ContinuousScheduler, ServedState, Sizes, batch_processor, context_of, kv_tokens, served_by
-from runtime.build import build_routes, build_scheduler
+from runtime.build import build_routes
 from runtime.engine import Engine
 from runtime.errors import UnsupportedModelError
+from runtime.latency import LatencyWatch
 from runtime.planning import Planner
 from runtime.predictors.base import RoutePredictor
 from runtime.prompts import PromptRequest, RequestResult, Served, check_requests
 from runtime.schedulers.base import Scheduler
 from runtime.schedulers.fifo import Fifo
+from runtime.schedulers.make import build_scheduler
 
 
 def run_batch(
@@ -41,6 +43,7 @@ def run_batch(
     seed: int = 0,
     on_token: Callable[[str, int], bool | None] | None = None,
     on_finish: Callable[[RequestResult], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> BatchResult:
     """Run `requests` by continuous batching, in the calling thread.
 
@@ -58,6 +61,8 @@ def run_batch(
         sample: sample by the model's generation config instead of taking the likeliest token; `seed` is for that.
         on_token: told each request's id and tokens as they come; False gives the request up.
         on_finish: told each result as soon as its request is complete.
+        stop: asked between passes; True ends the run there. Requests under way are given up with the tokens that they
+            have, those without any are left out of the result.
 
     Raises:
         PromptError: a request that cannot be run.
@@ -79,11 +84,16 @@ def run_batch(
     if engine not in _proven:
         _prove(engine)
         _proven.add(engine)
-    with _run(engine, sizes, scheduler, routes, sample, seed) as run:
-        return run.serve(queue, concurrency, on_token, on_finish)
+    with (
+        engine.exclusive(),  # another thread's run, or text, waits until this run is over
+        engine.latency.told(),
+        _run(engine, sizes, scheduler, routes, sample, seed, engine.latency) as run,
+    ):
+        return run.serve(queue, concurrency, on_token, on_finish, stop)
 
 
 _proven: WeakSet[Engine] = WeakSet()
+_STOP_S = 0.05  # how long a run that waits for arrivals goes without asking whether to stop
 _TOLERANCE = 0.1  # of logits, relative; bfloat16 differs by about 0.01, a wrong position or mask by far more
 # What a model raises that is given a cache or positions that it does not expect.
 _MODEL_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -103,7 +113,7 @@ def _prove(engine: Engine) -> None:
         hook = model.register_forward_hook(lambda module, args, output: logits.append(output.logits[0]))
         try:
             with _run(engine, Sizes(4, 16, 2), Fifo(2), None, sample=False, seed=0) as run:
-                run.serve(replays, None, None, None)
+                run.serve(replays, None, None, None, lambda: False)
         except _MODEL_ERRORS as error:
             raise _not_batched(engine, str(error)) from error
         finally:
@@ -122,10 +132,16 @@ def _not_batched(engine: Engine, why: str) -> UnsupportedModelError:
 
 @contextmanager
 def _run(
-    engine: Engine, sizes: Sizes, scheduler: Scheduler, predictor: RoutePredictor | None, sample: bool, seed: int
+    engine: Engine,
+    sizes: Sizes,
+    scheduler: Scheduler,
+    predictor: RoutePredictor | None,
+    sample: bool,
+    seed: int,
+    latency: LatencyWatch | None = None,
 ) -> Iterator[_Run]:
     with batch_processor(engine.model, sizes, sample, seed) as (processor, eos):
-        run = _Run(engine, processor, eos, scheduler, predictor)
+        run = _Run(engine, processor, eos, scheduler, predictor, latency)
         try:
             yield run
         finally:
@@ -133,12 +149,22 @@ def _run(
 
 
 class _Run:
-    """The loop of one `run_batch`."""
+    """The loop of one `run_batch`.
+
+    Args:
+        latency: is told when tokens came; None: nobody waits for them.
+    """
 
     def __init__(
-        self, engine: Engine, processor: Any, eos: Any, scheduler: Scheduler, predictor: RoutePredictor | None
+        self,
+        engine: Engine,
+        processor: Any,
+        eos: Any,
+        scheduler: Scheduler,
+        predictor: RoutePredictor | None,
+        latency: LatencyWatch | None,
     ) -> None:
-        self._eos = eos
+        self._eos, self._latency = eos, latency
         self._model, self._processor, self._passes = engine.model, processor, engine.passes
         self._adapter: ContinuousScheduler = processor.scheduler
         # No method of this object: a reference cycle would keep the KV cache for long.
@@ -161,24 +187,30 @@ class _Run:
         concurrency: int | None,
         on_token: Callable[[str, int], bool | None] | None,
         on_finish: Callable[[RequestResult], None] | None,
+        stop: Callable[[], bool],
     ) -> BatchResult:
-        """Run all of `queue`."""
+        """Run all of `queue`, until `stop`."""
         numbers = self._passes.number_requests(len(queue))
         coming = deque(zip(numbers, queue, strict=True))
         if concurrency is None:
             coming = deque(sorted(coming, key=lambda pair: pair[1].arrival_s))
-        while len(self._results) < len(queue):
-            self._admit(coming, concurrency)
-            if not self._processor.prepare_next_batch():
-                time.sleep(max(0.0, coming[0][1].arrival_s - self._now()))
-                continue
-            self._pass()
-            for result in self._deliver(on_token):
+
+        def done(results: Iterable[RequestResult]) -> None:
+            for result in results:
                 self._results[result.id] = result
                 if on_finish is not None:
                     on_finish(result)
+
+        while len(self._results) < len(queue) and not stop():
+            self._admit(coming, concurrency)
+            if not self._processor.prepare_next_batch():
+                time.sleep(min(max(0.0, coming[0][1].arrival_s - self._now()), _STOP_S))
+                continue
+            self._pass()
+            done(self._deliver(on_token))
+        done(self._give_up())
         return BatchResult(
-            tuple(self._results[request.id] for request in queue),
+            tuple(self._results[request.id] for request in queue if request.id in self._results),
             self._num_passes,
             self._watch.num_decode_passes,
             *self._watch.means(),
@@ -223,8 +255,7 @@ class _Run:
             state, served = future.state, served_by(future.state)
             if not future.has_new_token:
                 continue
-            if len(served.token_ids) == 1:
-                served.first_token_s = now_s
+            self._note_token(served, now_s)
             goes_on = on_token is None or on_token(state.request_id, served.token_ids[-1]) is not False
             if state.status == RequestStatus.FINISHED:
                 self._planner.finished(served.as_request(0))
@@ -235,6 +266,26 @@ class _Run:
                 yield served.result(now_s, is_cancelled=True)
         self._adapter.batch = []
         self._adapter.clear_cancelled_requests()
+
+    def _note_token(self, served: Served, now_s: float) -> None:
+        """A client has one more token."""
+        is_first = len(served.token_ids) == 1
+        if is_first:
+            served.first_token_s = now_s
+        if self._latency is not None:
+            if is_first:
+                self._latency.first_token(now_s - served.arrival_s)
+            else:
+                self._latency.further_token(now_s - served.last_token_s)
+        served.last_token_s = now_s
+
+    def _give_up(self) -> Iterator[RequestResult]:
+        """What those under way have so far."""
+        now_s = self._now()
+        states = {**self._adapter.active_requests, **self._adapter.waiting_requests}
+        for served in (served_by(state) for name, state in states.items() if name not in self._results):
+            if served.token_ids:
+                yield served.result(now_s, is_cancelled=True)
 
 
 def _seconds_since(start: float) -> float:

@@ -12,6 +12,7 @@ from tiny import save_tiny
 
 from runtime import build
 from runtime.generate import main
+from runtime.profile import Profile, save_profile
 from runtime.trace import read_trace
 
 TEXTS = ["the cat sat.", "a dog", "so it goes, and on", "why"]
@@ -127,3 +128,47 @@ def test_a_trace_that_cannot_be_written_is_found_before_the_model_is_loaded(
 ) -> None:
     assert main(["--model", str(checkpoint), "--prompt", "a", "--trace", "/dev/null/t.npz"]) == 2
     assert "--trace /dev/null/t.npz: cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", [[], ["--json"]])
+def test_the_last_line_of_stderr_sums_up(
+    checkpoint: Path, prompts: Path, output: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for what, first in ((["--prompt", "a cat", "--max-new-tokens", "4"], 1), (["--prompts", str(prompts)], 4)):
+        assert main(["--model", str(checkpoint), *what, *output, "--set", "cache.slots=6"]) == 0
+        captured = capsys.readouterr()
+        line = captured.err.strip().splitlines()[-1]
+        assert all(part in line for part in ("hits ", "stall ", "MB/token", "TTFT ", "TPOT ", "slots 6/6", "peak "))
+        if output:
+            told = json.loads(captured.out.splitlines()[-1])
+            told = told.get("summary", told)
+            assert 0 < told["tpot_p50_ms"] <= told["tpot_p95_ms"] and told["ttft_mean_ms"] > 0
+            assert 0 <= told["stall_share"] <= 1
+            assert len(captured.out.splitlines()) == (1 if first == 1 else 5)
+
+
+def test_a_profile_can_be_named_and_held_to_its_word(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERTFLOW_PROFILES", str(tmp_path))
+    overrides = {"provenance.model": str(checkpoint), "match.device": "cuda:NVIDIA H100", "cache.slots": 5}
+    save_profile(Profile.default().with_overrides(overrides), tmp_path / "there.yaml")
+    arguments = ["--profile", "there", "--prompt", "a cat", "--max-new-tokens", "2"]
+    assert main(arguments) == 0
+    assert "there.yaml is for another model or machine" in capsys.readouterr().err
+    assert main([*arguments, "--strict"]) == 2
+    assert capsys.readouterr().err.startswith("error: profile ")
+    assert main(["--profile", "nowhere", "--prompt", "a"]) == 2
+    assert "no profile is called nowhere" in capsys.readouterr().err
+
+
+def test_the_bandwidth_is_measured_first_where_it_is_asked_for(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = {"provenance.model": str(checkpoint), "match.bandwidth_at_expert_size_bytes_per_s.min": 1e15}
+    save_profile(Profile.default().with_overrides(overrides), tmp_path / "p.yaml")
+    arguments = ["--profile", str(tmp_path / "p.yaml"), "--prompt", "a cat", "--max-new-tokens", "2"]
+    assert main([*arguments, "--strict"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--strict", "--probe"]) == 2
+    assert "is stale here" in capsys.readouterr().err

@@ -48,12 +48,16 @@ def loaded(spec: TrialSpec) -> Iterator[tuple[Engine, float]]:
     from transformers.utils import logging
 
     import runtime
+    from runtime.profile import Profile
 
     logging.disable_progress_bar()  # its lock is a semaphore, which a killed trial would leave behind
     machine.reset_peak()
     start = time.perf_counter()
-    # A configuration is measured as it is, not while the engine finds out whether its prefetching pays.
-    with runtime.load(spec.model, overrides={**spec.overrides, "prefetch.on_trial": False}) as engine:
+    # A configuration is measured as it is, not while the engine finds out whether its prefetching pays, nor with fewer
+    # slots where memory is short: what does not fit is to fail.
+    overrides = {**spec.overrides, "prefetch.on_trial": False}
+    with runtime.load(Profile.default(), spec.model, overrides=overrides) as engine:
+        engine.pressure = None
         yield engine, time.perf_counter() - start
 
 
