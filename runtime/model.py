@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +70,15 @@ def read_config(model: str) -> PreTrainedConfig:
         CheckpointError: not a checkpoint. UnsupportedModelError: quantised.
     """
     folder = Path(model)
-    if folder.exists() and not (folder / "config.json").is_file():
+    is_here = os.path.exists(folder)  # Path.exists raises for a name that is too long
+    if is_here and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{model} is not a checkpoint: it has no config.json; give the folder that holds the model"
         )
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
-        if folder.exists():
+        if is_here:
             raise CheckpointError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
         raise CheckpointError(
             f"no checkpoint at {model}: neither a folder nor a model that the hub or its cache has; check the path"

@@ -2,6 +2,7 @@
 
 PyYAML reads YAML 1.1, where `no` is false, `1:30` is 90, `010` is 8, `2026-11-22` is a date and `1e3` is text. Here
 plain scalars are read by the core schema of YAML 1.2, less its octal, hexadecimal, infinite and not-a-number numbers.
+Aliases and tags are refused: a page of the former unfolds to gigabytes, and nothing here needs either.
 """
 
 from __future__ import annotations
@@ -21,8 +22,30 @@ _CORE_SCHEMA = (
 )
 
 
+_MOST_CHARACTERS = 1 << 18  # profiles have a few thousand; PyYAML takes seconds for this many
+_UNFIT = re.compile("[\0\ud800-\udfff]")
+
+
+def _refused(what: str, advice: str, place: Any) -> yaml.YAMLError:
+    return yaml.YAMLError(f"{what} in line {place.start_mark.line + 1}: {advice}")
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- replaces PyYAML's own table
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise _refused(f"alias *{event.anchor}", "write its value out", event)
+        if event.tag is not None:
+            raise _refused(f"tag {event.tag}", "leave it out", event)
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        text: str = super().construct_scalar(node)
+        if unfit := _UNFIT.search(text):
+            raise _refused(f"character {unfit[0]!a}", "neither a name nor a path can hold it", node)
+        return text
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, int] = {}
@@ -65,6 +88,8 @@ def parse(source: bytes | str) -> Any:
     Raises:
         ValueError: one line that says what is wrong, with its line number.
     """
+    if len(source) > _MOST_CHARACTERS:
+        raise ValueError(f"not read: longer than {_MOST_CHARACTERS} characters, so not what is expected here")
     try:
         return yaml.load(source, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:

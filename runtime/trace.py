@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +28,9 @@ Array = npt.NDArray[Any]
 
 # In `predicted`: nothing was forecast here, as for the layers beyond the last one.
 NO_PREDICTION = np.iinfo(np.uint16).max
+
+MOST_EXPERTS = 1 << 20
+"""Experts of all layers together: what a cache keeps for each is allocated on the word of a trace."""
 
 # Name: dtype, rank, and how many leading dimensions are those of `experts`.
 _FIELDS: dict[str, tuple[Any, int, int]] = {
@@ -133,6 +139,7 @@ def validate(trace: RoutingTrace) -> RoutingTrace:
         TraceError: names the field and what is wrong with it.
     """
     num_experts = _num_experts(trace.meta)
+    _check_meta(trace.meta)
     arrays = {
         name: _checked(name, array, num_experts) for name in _FIELDS if (array := getattr(trace, name)) is not None
     }
@@ -141,6 +148,11 @@ def validate(trace: RoutingTrace) -> RoutingTrace:
         raise TraceError(f"experts: shape {experts.shape} holds nothing")
     if experts.shape[2] > num_experts:
         raise TraceError(f"experts: {experts.shape[2]} experts per token, but meta.num_experts is {num_experts}")
+    if experts.shape[1] * num_experts > MOST_EXPERTS:
+        raise TraceError(
+            f"experts: {experts.shape[1]} layers of {num_experts} experts (meta.num_experts); no model has over "
+            f"{MOST_EXPERTS} in all"
+        )
     for name, array in arrays.items():
         same = _FIELDS[name][2]
         if array.shape[:same] != experts.shape[:same]:
@@ -148,39 +160,124 @@ def validate(trace: RoutingTrace) -> RoutingTrace:
     return RoutingTrace(meta=dict(trace.meta), **arrays)
 
 
-def _load_arrays(file: io.BufferedReader) -> dict[str, Array]:
+def _load_arrays(file: BinaryIO) -> dict[str, Array]:
+    """The arrays of the format in an .npz file, once everything that it says of them is known to be sound."""
     try:
-        content = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise TraceError("not an .npz file of arrays") from error
-    if not isinstance(content, np.lib.npyio.NpzFile):
-        raise TraceError("not an .npz file but a single array; a trace has at least experts, request and meta")
-    if missing := [name for name in ("experts", "request", "meta") if name not in content.files]:
-        raise TraceError(f"{missing[0]} is missing; the file has {', '.join(content.files) or 'nothing'}")
-    return {name: _load_array(content, name) for name in ("meta", *_FIELDS) if name in content.files}
+        archive = zipfile.ZipFile(file)
+    except _DAMAGED as error:
+        file.seek(0)
+        is_array = file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
+        what = "but a single array; a trace has at least experts, request and meta" if is_array else "of arrays"
+        raise TraceError(f"not an .npz file {what}") from error
+    with archive:
+        members = _members(archive)
+        num_bytes, file_bytes = sum(member.file_size for member in members.values()), file.seek(0, 2)
+        if num_bytes > max(_SMALL_BYTES, _MOST_RATIO * file_bytes):
+            raise TraceError(
+                f"its {file_bytes} bytes would unpack to {num_bytes}: no trace packs so well; "
+                "if it is one, write it with numpy.savez, unpacked"
+            )
+        for name, member in members.items():
+            _check_header(archive, name, member)
+        return {name: _load_array(archive, name, member) for name, member in members.items()}
 
 
-def _load_array(content: Any, name: str) -> Array:
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Entries of the format by name; others are left alone."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        if name in found:
+            raise TraceError(f"{name} is in it twice")
+        if name not in ("meta", *_FIELDS):
+            continue
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise TraceError(f"{name} is packed by a method that numpy does not use; write it with numpy.savez")
+        found[name] = member
+    for name in ("experts", "request", "meta"):
+        if name not in found:
+            names = [member.filename.removesuffix(".npy") for member in archive.infolist()]
+            raise TraceError(f"{name} is missing; the file has {', '.join(names[:10]) or 'nothing'}")
+    return found
+
+
+def _check_header(archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo) -> None:
+    """Whether the header of an array accounts for every byte of its member.
+
+    NumPy allocates what a header claims before it looks for the bytes.
+    """
     try:
-        array = content[name]
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise TraceError(f"{name} cannot be read, the file is damaged or holds Python objects: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise TraceError(f"{name} is not an array")
-    return array
+        with archive.open(member) as stream:
+            version = np.lib.format.read_magic(stream)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, _, dtype = read(stream)
+            array_bytes = member.file_size - stream.tell()
+    except _DAMAGED as error:
+        raise TraceError(f"{name} cannot be read, its header is damaged: {error}") from error
+    if dtype.hasobject:
+        raise TraceError(f"{name} holds Python objects, which are never loaded; save it as an array of numbers")
+    wanted_bytes = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or wanted_bytes != array_bytes:
+        raise TraceError(
+            f"{name} is damaged: shape {shape} of {dtype} makes {wanted_bytes} bytes, and it has {array_bytes}"
+        )
+
+
+def _load_array(archive: zipfile.ZipFile, name: str, member: zipfile.ZipInfo) -> Array:
+    try:
+        with archive.open(member) as stream:
+            array: Array = np.lib.format.read_array(stream, allow_pickle=False)
+            return array
+    except MemoryError:
+        raise TraceError(f"{name}: its {member.file_size} bytes do not fit the memory that is free") from None
+    except _DAMAGED as error:
+        raise TraceError(f"{name} cannot be read, the file is damaged: {error}") from error
+
+
+_SMALL_BYTES, _MOST_RATIO = 64 << 20, 100
+"""Bytes that a file may always unpack to, and how many times its own: real traces pack to a half or a tenth."""
+
+_DAMAGED = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    RecursionError,
+    RuntimeError,  # encrypted
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What zipfile, its decompressors and numpy's reader of headers raise on damaged bytes; none says all of it."""
 
 
 def _parse_meta(array: Array) -> dict[str, Any]:
     if array.size != 1 or array.dtype.kind not in "US":
         raise TraceError(f"meta: a JSON string is wanted, not {array.dtype} of shape {array.shape}")
-    text = array.reshape(()).item()
     try:
+        text = str(array.reshape(()).item(), "utf-8") if array.dtype.kind == "S" else array.reshape(()).item()
         meta = json.loads(text)
     except ValueError as error:
         raise TraceError(f"meta: not JSON: {error}") from error
+    except RecursionError:
+        raise TraceError("meta: not JSON that is read here: nested too deeply") from None
     if not isinstance(meta, dict):
         raise TraceError(f"meta: a JSON object is wanted, not {text[:40]!r}")
     return meta
+
+
+def _check_meta(meta: Mapping[str, Any]) -> None:
+    """What is optional in it and used."""
+    expert_bytes, tasks = meta.get("expert_bytes"), meta.get("tasks")
+    is_count = isinstance(expert_bytes, int) and not isinstance(expert_bytes, bool) and 0 <= expert_bytes < 2**53
+    if expert_bytes is not None and not is_count:
+        raise TraceError(f"meta: expert_bytes is {expert_bytes!r}, not a number of bytes")
+    if tasks is not None and not (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
+        raise TraceError(f"meta: tasks is {tasks!r}, not a list of names, one per request")
 
 
 def _num_experts(meta: Mapping[str, Any]) -> int:

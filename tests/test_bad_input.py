@@ -121,7 +121,7 @@ def test_a_profile_made_for_another_model(checkpoint: Path, tmp_path: Path, caps
     identity = describe(checkpoint).identity.model_dump()
     profile = Profile.default().with_overrides({"match.model": identity, "match.device": "cpu"})
     save_profile(profile, tmp_path / "p.yaml")
-    said = _refused(capsys, "--profile", str(tmp_path / "p.yaml"), "--model", str(other))
+    said = _refused(capsys, "--profile", str(tmp_path / "p.yaml"), "--model", str(other), "--strict")
     assert "another model" in said and "experts: profile 8, here 4" in said
 
 

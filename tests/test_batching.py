@@ -23,7 +23,6 @@ from transformers import ContinuousBatchingConfig
 import runtime
 from harness.measure.equality import MOST_MARGIN, first_difference, generate_alone
 from runtime import batching, machine, serving
-from runtime.build import build_scheduler
 from runtime.errors import BudgetError, PromptError, TransferError, UnsupportedModelError
 from runtime.facts import describe
 from runtime.predictors.artifact import RoutingShape, write_artifact
@@ -32,6 +31,7 @@ from runtime.profile import Profile
 from runtime.prompts import PromptRequest, RequestResult
 from runtime.schedulers.base import Request, Route, Scheduler
 from runtime.schedulers.fifo import Fifo
+from runtime.schedulers.make import build_scheduler
 from runtime.schedulers.route_overlap import RouteOverlap
 from runtime.serving import run_batch
 from runtime.vocabulary import Pass, Phase

@@ -70,7 +70,7 @@ class BatchContender:
         return {}
 
     def _scheduler(self, section: JsonDict) -> Scheduler:
-        from runtime.build import build_scheduler
+        from runtime.schedulers.make import build_scheduler
 
         name = json.dumps(section, sort_keys=True)
         if name not in self._schedulers:
@@ -105,9 +105,12 @@ def build(spec: JsonDict) -> BatchContender:
     """The contender of `spec`: kind "batch" or "batch_resident"."""
     import runtime
     from runtime import machine
+    from runtime.profile import Profile
 
-    source = (spec["model"], None) if spec["profile"] is None else (spec["profile"], spec["model"])
+    source = (spec["profile"] or Profile.default(), spec["model"])
     if spec["kind"] == "batch":
-        return BatchContender(runtime.load(*source, overrides=spec["overrides"]))
+        engine = runtime.load(*source, overrides=spec["overrides"])
+        engine.pressure = None  # measured with the slots that it was given
+        return BatchContender(engine)
     machine.return_freed_memory()  # as the other does on loading: both keep no more than they need
     return BatchContender(runtime.load_reference(*source, overrides=spec["overrides"]))

@@ -26,10 +26,11 @@ from harness.measure.workload import TokenRequest
 from harness.report import batching as report
 from runtime import machine
 from runtime.batching import PAGE_TOKENS
-from runtime.build import build_scheduler, load
+from runtime.build import load
 from runtime.errors import UsageError
 from runtime.profile import SCHEDULERS, Profile
 from runtime.prompts import PromptRequest
+from runtime.schedulers.make import build_scheduler
 
 SHORTEST = 0.5
 """Of the tokens that a request decodes at most, so that requests do not end all at once."""
@@ -180,7 +181,7 @@ def equality(options: argparse.Namespace) -> int:
     overrides = {"cache.slots": options.slots, "compute.threads": options.threads}
     rows: list[dict[str, Any]] = []
     file = setup.file("equality", slots=options.slots, dtype="float32", most_margin=MOST_MARGIN)
-    with load(setup.model, overrides=overrides, dtype=torch.float32) as engine:
+    with load(Profile.default(), setup.model, overrides=overrides, dtype=torch.float32) as engine:
         with tqdm(requests, desc="alone", unit="request", file=sys.stderr) as bar:
             alone = [generate_alone(engine, request) for request in bar]
         for kind in tqdm(SCHEDULERS, desc="batched", unit="run", file=sys.stderr):

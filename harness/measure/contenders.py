@@ -144,12 +144,14 @@ def build(spec: JsonDict) -> Contender | BatchContender:
     model, kind = spec["model"], spec["kind"]
     if kind in ("engine", "reference"):
         import runtime
+        from runtime.profile import Profile
 
-        profile = spec["profile"]
-        source, checkpoint = (model, None) if profile is None else (profile, model)
+        profile = spec["profile"] or Profile.default()
         if kind == "reference":
-            return ReferenceContender(runtime.load_reference(source, checkpoint, overrides=spec["overrides"]))
-        return EngineContender(runtime.load(source, checkpoint, overrides=spec["overrides"], record_loads=True))
+            return ReferenceContender(runtime.load_reference(profile, model, overrides=spec["overrides"]))
+        engine = runtime.load(profile, model, overrides=spec["overrides"], record_loads=True)
+        engine.pressure = None  # measured with the slots that it was given
+        return EngineContender(engine)
     if kind in ("batch", "batch_resident"):
         from harness.measure import batch_contender
 

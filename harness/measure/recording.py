@@ -67,7 +67,7 @@ def run_requests(engine: Engine, requests: Sequence[PromptRequest], batch: int) 
         ExpertFlowError: whatever a pass raises.
     """
     if batch > 1:
-        from runtime.build import build_scheduler
+        from runtime.schedulers.make import build_scheduler
         from runtime.serving import run_batch
 
         run_batch(engine, requests, build_scheduler(engine.profile), concurrency=batch)

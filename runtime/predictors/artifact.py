@@ -129,9 +129,18 @@ def _described(path: Path, metadata: Mapping[str, str], arrays: dict[str, npt.ND
         if version > VERSION:
             raise ArtifactError(f"{path}: version {version} is newer than {VERSION}; upgrade expertflow")
         about: dict[str, Any] = json.loads(metadata["about"])
-        return Artifact(about["kind"], about["model"], RoutingShape(**about["shape"]), about["params"], arrays)
-    except (KeyError, ValueError, TypeError) as error:
+        found = Artifact(about["kind"], about["model"], RoutingShape(**about["shape"]), about["params"], arrays)
+        _check_types(found)
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path}: its description is damaged ({error!r}); {_AGAIN}") from error
+    return found
+
+
+def _check_types(found: Artifact) -> None:
+    if not isinstance(found.kind, str) or not isinstance(found.model, str) or not isinstance(found.params, dict):
+        raise TypeError("kind and model must be texts, params an object")
+    if not all(type(size) is int and size > 0 for size in found.shape):
+        raise TypeError("a size of the model is no count")
 
 
 def _text(shape: RoutingShape) -> str:

@@ -21,6 +21,7 @@ from runtime.predictors.artifact import Artifact, RoutingShape
 from runtime.predictors.base import Forecast
 from runtime.predictors.expert_frequencies import PastPrompt, decayed_frequencies
 from runtime.predictors.periodic import KIND
+from runtime.predictors.weights import check_weights, sizes_of
 
 LONGEST_PERIOD = 64
 """Prompts; what is predicted further ahead is taken to be the same."""
@@ -113,7 +114,8 @@ class ExpertSequence(nn.Module):
             ArtifactError: its sizes and its weights do not make a network.
         """
         try:
-            sizes, tasks = Sizes(**artifact.params["sizes"]), [str(task) for task in artifact.params["tasks"]]
+            sizes, tasks = Sizes(**sizes_of(artifact)), [str(task) for task in artifact.params["tasks"]]
+            check_weights(lambda: cls(sizes, artifact.shape, tasks), artifact.arrays)
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 network = cls(sizes, artifact.shape, tasks).float()
             weights = {name: torch.from_numpy(np.array(array)).float() for name, array in artifact.arrays.items()}

@@ -229,7 +229,7 @@ def insensitive_layers(artifact: Artifact) -> dict[str, list[int]]:
         found = {str(task): [int(layer) for layer in of["insensitive_layers"]] for task, of in measured.items()}
         if all(0 <= layer < artifact.shape.layers for layers in found.values() for layer in layers):
             return found
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):  # the last one: int(inf)
         pass
     raise ArtifactError(
         f"the {KIND} predictor of {artifact.model} is damaged ({SENSITIVITY}); fit it again: python -m harness.fit"

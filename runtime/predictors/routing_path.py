@@ -24,6 +24,7 @@ from runtime.errors import ArtifactError
 from runtime.predictors.artifact import Artifact, RoutingShape
 from runtime.predictors.base import Forecast, Observation, Predictor
 from runtime.predictors.params import RoutingPathParams
+from runtime.predictors.weights import check_weights, sizes_of
 from runtime.vocabulary import Pass
 
 KIND = "routing_path"
@@ -120,7 +121,11 @@ class RoutingPathNetwork(nn.Module):
             ArtifactError: its sizes and its weights do not make a network.
         """
         try:
-            sizes, ids = Sizes(**artifact.params["sizes"]), artifact.arrays[_IDS].astype(np.int64)
+            sizes, ids = Sizes(**sizes_of(artifact)), artifact.arrays[_IDS]
+            if ids.ndim != 1 or ids.dtype.kind not in "iu" or sizes.window % 2:
+                raise ValueError("the token ids are no list, or the window is odd")
+            ids = ids.astype(np.int64)
+            check_weights(lambda: cls(sizes, artifact.shape, ids), artifact.arrays)
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 network = cls(sizes, artifact.shape, ids).float()
             _fill(network, artifact.arrays)
@@ -138,10 +143,7 @@ _IDS = "token_ids"
 @torch.no_grad()
 def _fill(network: nn.Module, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     for name, weight in network.named_parameters():
-        value = torch.from_numpy(np.array(arrays[name]))
-        if value.shape != weight.shape:
-            raise ValueError(f"{name}: shape {tuple(value.shape)}, not {tuple(weight.shape)}")
-        weight.copy_(value)
+        weight.copy_(torch.from_numpy(np.array(arrays[name])))
 
 
 def _padded(rows: Sequence[Integers], filler: int) -> tuple[torch.Tensor, torch.Tensor]:

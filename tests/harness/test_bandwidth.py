@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from harness.hardware import bandwidth
-from harness.hardware.bandwidth import SIZES, THREADS, engine_bandwidth, fit, measure_curve
+from harness.hardware.bandwidth import SIZES, THREADS, fit, measure_curve
 from harness.hardware.memory import MemoryModel
 from runtime.errors import BudgetError
-from runtime.model import checkpoint_files, meta_model
 
 
 @pytest.fixture
@@ -116,11 +115,6 @@ def test_a_read_that_comes_back_short_is_an_error(blob: Path, monkeypatch: pytes
     monkeypatch.setattr("os.preadv", lambda *_: 17)
     with pytest.raises(OSError, match="short read"):
         measure_curve([blob], 65536, 1.0, budget_s=0.1)
-
-
-def test_the_engine_brings_experts_in(tiny_checkpoint: Path) -> None:
-    loaded, files = meta_model(str(tiny_checkpoint)), checkpoint_files(str(tiny_checkpoint))
-    assert engine_bandwidth(loaded, files, io_threads=1, budget_s=0.05) > 0
 
 
 MEMORY = MemoryModel(num_experts=64, slot_bytes=1000, dense_bytes=500, buffer_bytes=300, kv_bytes_per_sequence=10)

@@ -20,7 +20,7 @@ from harness.measure.provenance import commit
 from harness.report import plots, results
 from harness.report.messages import failures_text, infeasible_text, limits_text, outcome_text, plan_text, verdict_text
 from harness.report.page import page
-from harness.report.profiles import near, objectives, versions
+from harness.report.profiles import objectives, versions
 from harness.report.progress import Progress
 from harness.report.results import Results, ResultsError, summary, write_profile, write_run
 from harness.report.run_file import Confirmed, Point, Run, RunFile, count_outcomes, load_run
@@ -30,7 +30,7 @@ from harness.search.agreement import agreement
 from harness.search.objective import Objective
 from harness.search.outcome import Kind, Limits, Measurement, Outcome, Record, Tried, feasible, front
 from harness.search.space import Params, Setting, Space
-from runtime.profile import Match, ModelIdentity, Profile, Provenance, Ratio, Workload, load_profile
+from runtime.profile import Match, ModelIdentity, Profile, Provenance, Ratio, Workload, load_profile, portable
 
 LIMITS = Limits(max_memory_bytes=600_000_000)
 
@@ -442,7 +442,7 @@ def test_objectives_are_medians_and_the_highest_peak() -> None:
 
 def test_provenance_names_versions_and_no_path_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert near(str(tmp_path / "models" / "m")) == "models/m" and near("org/name") == "org/name"
+    assert portable(str(tmp_path / "models" / "m")) == "models/m" and portable("org/name") == "org/name"
     assert {"python", "torch", "optuna"} <= versions().keys()
     assert commit() is None or len(commit() or "") >= 12
 
