@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runtime.errors import UsageError, cli_main
 from runtime.files import check_writable, write_named
@@ -114,6 +114,8 @@ def _refuse_what_does_not_belong(options: argparse.Namespace) -> None:
         if getattr(options, option) and not any(getattr(options, layer) for layer in layers):
             names = " or ".join(f"--{layer}" for layer in layers)
             raise UsageError(f"--{option.replace('_', '-')} does nothing here: it belongs to {names}")
+    if options.bless and (options.json or options.markdown or options.junit):
+        raise UsageError("--bless checks nothing: --json, --markdown and --junit belong to a check")
     if options.pairs is not None and options.pairs < 1:
         raise UsageError(f"--pairs {options.pairs}: at least 1 is needed")
 
@@ -208,8 +210,8 @@ def _write(report: Report, options: argparse.Namespace) -> None:
         write_named("--junit", options.junit, report.junit())
     if options.markdown is not None:
         path: Path = options.markdown
-        before: Any = path.read_text() if path.exists() else ""
-        write_named("--markdown", path, before + report.markdown())
+        before = path.read_bytes() if path.exists() else b""
+        write_named("--markdown", path, before + report.markdown().encode())
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def load(
     """Load a model with its experts offloaded.
 
     Args:
-        source: a profile (a .yaml file by its path, or by its name where profiles are looked up, or a `Profile`), or a
-            checkpoint (folder or hub id), which then runs with the best profile that is found for it, else the default.
+        source: a profile (a .yaml file by its path, by its name or id where profiles are looked up, or a `Profile`), or
+            a checkpoint (folder or hub id), which then runs with the best profile found for it, else the default.
         model: the checkpoint, where `source` is a profile that was tuned on a copy elsewhere.
         overrides: dotted profile keys and their values, such as {"cache.slots": "25%"}.
         dtype: as in `from_pretrained`.
@@ -70,6 +70,7 @@ def load(
         ExpertFlowError: one of its kinds, saying what is wrong and the way out.
     """
     machine.return_freed_memory()
+    machine.limit_matmul_caches()
     chosen = choose(source, model, overrides=overrides, dtype=dtype, strict=strict, probe=probe)
     checkpoint, facts = chosen.checkpoint, chosen.facts
     torch.set_num_threads(chosen.profile.compute.threads)
@@ -98,6 +99,7 @@ def load_reference(
     dtype: torch.dtype | str = "auto",
 ) -> Engine:
     """The whole model in memory, through the same kernels and threads: what `load` must equal to the bit."""
+    machine.limit_matmul_caches()  # costs the same time in both
     chosen = choose(source, model, overrides=overrides, dtype=dtype)
     profile, checkpoint = chosen.profile, chosen.checkpoint
     torch.set_num_threads(profile.compute.threads)

@@ -120,7 +120,8 @@ class Engine:
             yield
 
     def shrink(self, num_slots: int) -> int:
-        """Use at most `num_slots` expert slots from now on, over all pools in proportion; waits for a running pass.
+        """Use at most `num_slots` expert slots from now on, over all pools in proportion; waits for a running pass, or
+        another thread's `run_batch`.
 
         The experts most worth keeping, by the policy, stay without being read again, and the slots' memory goes back to
         the system.

@@ -62,7 +62,7 @@ def cli_main(run: Callable[[], int | None]) -> int:
         return 130
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """What an error says, as a line that a terminal can show, however much of a mangled file it quotes."""
     line = " ".join(str(error).split())
     shown = line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]} …"

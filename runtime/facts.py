@@ -115,8 +115,9 @@ def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
     return profile.with_overrides({"cache.slots": slots}), notes
 
 
-# Activations, the tokenizer, and what loading takes for a moment beside the weights (measured, results/LOG.md).
-BUFFER_BYTES = 148 << 20
+# Activations, the tokenizer, prepared matrix products (`machine.limit_matmul_caches`), and what loading takes for a
+# moment beside the weights (measured, results/LOG.md).
+BUFFER_BYTES = 164 << 20
 RESIDENT_FACTOR = 1.3  # of a model's bytes, to load and run it whole
 DEFAULT_CONTEXT = 4096  # tokens of KV cache that are allowed for where the profile does not say
 

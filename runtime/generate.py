@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace) -> int:
         load(source, model, overrides=overrides, strict=options.strict, probe=options.probe) as engine,
         StopRequest().listening("the running pass ends", (signal.SIGINT, signal.SIGTERM)) as stop,
     ):
-        told = _tell(engine.notes, options)
+        told = _tell(engine.notes)
         saved_to = None if options.save_predictor is None else engine.predictor_file(options.save_predictor or None)
         if options.trace:
             engine.start_trace()
@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
         is_complete = (
             _generate_all(engine, requests, options, stop) if requests else _generate_one(engine, options, stop)
         )
-        _tell(engine.notes[told:], options)
+        _tell(engine.notes[told:])
         if options.trace:
             write_trace(options.trace, engine.trace())
         if saved_to:
@@ -138,9 +138,9 @@ def _served_metrics(options: argparse.Namespace) -> Iterator[CollectorRegistry |
         yield server.registry
 
 
-def _tell(notes: Sequence[str], options: argparse.Namespace) -> int:
+def _tell(notes: Sequence[str]) -> int:
     """Print `notes` for people; returns how many there are."""
-    for note in () if options.json else notes:
+    for note in notes:
         _say(f"note: {note}")
     return len(notes)
 

@@ -99,7 +99,7 @@ def _named(source: Source) -> _Named | None:
     """The profile that `source` names; None where it is a checkpoint."""
     if isinstance(source, Profile):
         return _Named(source, None)
-    if str(source).endswith(SUFFIXES) or os.path.isfile(source):
+    if str(source).endswith(SUFFIXES) or str(source).startswith("sha256:") or os.path.isfile(source):
         path = find_profile(source)
         return _Named(load_profile(path), path)
     return None
@@ -129,7 +129,10 @@ def _settled(named: _Named, facts: ModelFacts, here: MachineFacts, checkpoint: s
     if strict and match.level in ("stale", "rejected"):
         raise ProfileError(f"{_verdict(named, match)}; {_tune(named.profile, checkpoint)}")
     if match.level == "rejected":
-        instead, notes = _fallback(named, facts, here)
+        try:
+            instead, notes = _fallback(named, facts, here)
+        except ProfileError as error:
+            raise ProfileError(f"{_verdict(named, match)}, and its fallback cannot run: {error}") from error
         what = "the default configuration" if instead.profile.is_default else instead.name
         said = f"{_verdict(named, match)}: {what} runs instead; {_tune(named.profile, checkpoint)}"
         return _Settled(instead, match, [said, *notes])

@@ -155,7 +155,8 @@ def register(engine: Engine, registry: CollectorRegistry) -> Callable[[], None]:
 
     def unregister() -> None:
         registry.unregister(collector)
-        engine.passes.end_listeners.remove(histograms.end)
+        with engine.passes.lock:
+            engine.passes.end_listeners.remove(histograms.end)
 
     return unregister
 

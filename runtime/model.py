@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from runtime.errors import CheckpointError, UnsupportedModelError
+from runtime.own_memory import copy_out
 from runtime.transfer.safetensors_index import read_header
 from runtime.transfer.store import ExpertLayer, ExpertParameter
 
@@ -81,7 +82,8 @@ def read_config(model: str) -> PreTrainedConfig:
         if is_here:
             raise CheckpointError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
         raise CheckpointError(
-            f"no checkpoint at {model}: neither a folder nor a model that the hub or its cache has; check the path"
+            f"no checkpoint at {model}: neither a folder nor a model that the hub or its cache has; check the path "
+            "(profiles are named with .yaml)"
         ) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -176,6 +178,7 @@ def load_offloaded(model: str, *, dtype: torch.dtype | str = "auto") -> LoadedMo
     found: list[tuple[Any, ExpertLayer]] = []
     stripped = _stripped_class(model_class(config), found)
     loaded = stripped.from_pretrained(model, config=config, dtype=dtype).eval()
+    copy_out([*loaded.parameters(), *loaded.buffers()], files)
     # Put back for the store, which finds tied experts under the name that the checkpoint has them by.
     loaded.all_tied_weights_keys |= loaded._tied_experts
     return LoadedModel(loaded, tuple(m for m, _ in found), tuple(layer for _, layer in found), files)

@@ -47,7 +47,7 @@ class PassTracker:
         self.end_listeners: list[Callable[[Pass], None]] = []
         self.task: str | None = None
         self.on_failure: list[Callable[[], None]] = []
-        self.is_running = False
+        self.is_running = self._is_broken = False
         self._step = self._num_requests = 0
         self._by_cache: WeakKeyDictionary[Any, tuple[int, ...]] = WeakKeyDictionary()
         self._own = _LastBatches()
@@ -106,18 +106,25 @@ class PassTracker:
         @wraps(forward)
         def followed(*args: Any, **kwargs: Any) -> Any:
             with self.alone():
-                self.is_running = True
                 try:
+                    self.is_running = True
+                    if self._is_broken:  # a second Ctrl-C broke the recovery off, too
+                        self._recover()
                     self._begin(args, kwargs)
                     return forward(*args, **kwargs)
                 except BaseException:
-                    for recover in self.on_failure:
-                        recover()
+                    self._is_broken = True
+                    self._recover()
                     raise
                 finally:
                     self.is_running = False
 
         return followed
+
+    def _recover(self) -> None:
+        for recover in self.on_failure:
+            recover()
+        self._is_broken = False
 
     def _told(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(forward)

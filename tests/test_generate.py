@@ -72,6 +72,18 @@ def test_text_goes_to_stdout_and_figures_to_stderr(
     assert "hits" in captured.err
 
 
+def test_a_profile_for_something_else_is_told_of_beside_json(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = Profile.default().with_overrides({"match": {"device": "cuda:H100"}})
+    save_profile(profile, tmp_path / "p.yaml")
+    arguments = ["--model", str(checkpoint), "--profile", str(tmp_path / "p.yaml"), "--prompt", "a", "--json"]
+    assert main([*arguments, "--max-new-tokens", "1"]) == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)["token_ids"]) == 1
+    assert "note: profile" in captured.err and "the default configuration runs instead" in captured.err
+
+
 def test_the_trace_names_requests_and_tasks(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
     file = tmp_path / "trace.npz"
     options = ["--set", "scheduler.group=3", "--trace", str(file), "--max-new-tokens", "4", "--json"]

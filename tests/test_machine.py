@@ -247,3 +247,30 @@ def test_what_is_no_size_is_refused(text: str | int) -> None:
 )
 def test_sizes_are_told(num_bytes: float, text: str) -> None:
     assert machine.format_bytes(num_bytes) == text
+
+
+def test_matrix_products_of_many_shapes_are_not_kept() -> None:
+    code = """
+import torch
+from runtime import machine
+machine.return_freed_memory()
+machine.limit_matmul_caches()
+weight = torch.ones(256, 128, dtype=torch.bfloat16)
+torch.ones(400, 128, dtype=torch.bfloat16) @ weight.T
+before = machine.resident_bytes()
+for rows in range(1, 400):
+    torch.ones(rows, 128, dtype=torch.bfloat16) @ weight.T
+print((machine.resident_bytes() - before) >> 20)
+"""
+    names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 150  # 101 MiB; 237 without the limit (on a processor with AMX)
+
+
+def test_the_environment_decides_how_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    machine.limit_matmul_caches()
+    assert (os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("7", "")

@@ -79,6 +79,11 @@ def test_an_exact_profile_runs_and_says_nothing(put: Any) -> None:
         assert (engine.profile.cache.slots, engine.profile.cache.policy) == (7, "lru")
 
 
+def test_a_profile_is_found_by_its_id(put: Any) -> None:
+    found = choose(load_profile(put()).id)
+    assert found.match is not None and found.match.level == "exact" and found.profile.cache.slots == 7
+
+
 def test_a_compatible_one_runs_and_says_why(put: Any) -> None:
     found = choose(put(match__memory_total_bytes=machine.total_memory_bytes() // 2))
     assert found.match is not None and found.match.level == "compatible" and found.profile.cache.policy == "lru"
@@ -164,7 +169,9 @@ def test_fallbacks_that_go_in_a_circle_are_refused(put: Any) -> None:
 
 
 def test_a_fallback_that_is_not_there(put: Any) -> None:
-    with pytest.raises(ProfileError, match="no profile is called gone"):
+    with pytest.raises(
+        ProfileError, match=r"p\.yaml is for another .*its fallback cannot run: no profile is called gone"
+    ):
         choose(put(**REJECTED, fallback="gone"))
     choose(put(fallback="gone"))  # not asked for
 
@@ -228,7 +235,8 @@ def test_slots_are_clamped_to_a_control_group_to_the_limit_and_to_the_kv_cache(
     def fit(limit_bytes: int, kv: int = kv_bytes) -> int:
         return (limit_bytes - GIB - BUFFER_BYTES - facts.dense_bytes - kv) // many.slot_bytes
 
-    assert clamped() == (fit(13 * GIB), "8000 slots asked for, 985 fit the memory: 14.0 GB in all, by what is free now")
+    slots = fit(13 * GIB)
+    assert clamped() == (slots, f"8000 slots asked for, {slots} fit the memory: 14.0 GB in all, by what is free now")
     assert clamped(cache__kv_bytes=GIB)[0] == fit(13 * GIB, GIB)
     slots, note = clamped(limits__max_memory_bytes=6 * GIB)
     assert slots == fit(6 * GIB) and "6.44 GB in all, by limits.max_memory_bytes" in note

@@ -130,6 +130,7 @@ def test_sigterm_in_the_middle_of_a_text(checkpoint: Path, tmp_path: Path) -> No
     assert read_artifact(learned, shape=RoutingShape(LAYERS, EXPERTS, TOP_K)).kind == "activation_matrix"
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_middle_of_a_batch(checkpoint: Path, prompts: Path) -> None:
     with _generating(checkpoint, "--prompts", str(prompts), *TWO_AT_A_TIME, "--json") as process:
         first = json.loads(process.stdout.readline())

@@ -122,6 +122,26 @@ def test_counters_are_read_and_slots_changed_while_others_generate(checkpoint: P
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def test_a_recovery_that_is_broken_off_is_made_up_for_before_the_next_pass(engine: runtime.Engine) -> None:
+    expected, recoveries = _logits(engine, 1), []
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def recover() -> None:
+        recoveries.append(engine.passes.is_running)
+        if len(recoveries) == 1:
+            raise KeyboardInterrupt  # the second one
+
+    engine.passes.on_failure.insert(0, recover)
+    stop = engine.observe_routing(fail)
+    with pytest.raises(KeyboardInterrupt):
+        _logits(engine, 1)
+    stop()
+    assert torch.equal(_logits(engine, 1), expected) and recoveries == [True, True]
+    engine.check_integrity()
+
+
 def test_a_pass_that_fails_lets_the_next_thread_in(engine: runtime.Engine) -> None:
     class Interrupt(BaseException):
         pass

@@ -239,6 +239,7 @@ def test_slots_that_are_not_filled_yet_count_as_taken(engine: runtime.Engine) ->
     assert engine.num_slots == 5
 
 
+@pytest.mark.slow
 def test_memory_goes_down_and_stays_within_a_limit(checkpoint: Path, tmp_path: Path) -> None:
     """In a process of its own, with slots of a size that shows."""
     code = f"""

@@ -7,6 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +127,32 @@ def test_every_extra_exists() -> None:
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert called
     assert all(re.search(rf"^{extra} = \[", pyproject, re.MULTILINE) for names in called for extra in names.split(","))
+
+
+_COLLECT = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv[1].split()))
+import pytest
+options = ["-q", "--collect-only", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "paired"]
+sys.exit(pytest.main([*options, "tests/benchmarks"]))
+"""
+
+
+def test_the_ci_extra_is_enough_for_the_benchmarks() -> None:
+    """A file of the head's that cannot be loaded is a regression: none may need a package of another extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {extra: _distributions(needs) for extra, needs in project["optional-dependencies"].items()}
+    absent = set().union(*names.values()) - names["ci"] - _distributions(project["dependencies"])
+    modules = [module for module, owners in packages_distributions().items() if absent & _distributions(owners)]
+    assert "prometheus_client" in modules
+    command = [sys.executable, "-c", _COLLECT, " ".join(modules)]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "::test_decode\n" in result.stdout, result.stdout
+
+
+def _distributions(requirements: Iterable[str]) -> set[str]:
+    return {re.split(r"[<>=\[]", one)[0].lower().replace("_", "-") for one in requirements}
 
 
 def test_every_call_of_the_check_is_one_that_it_takes() -> None:

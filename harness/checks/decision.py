@@ -47,28 +47,21 @@ class Samples:
     Attributes:
         base, head: seconds, pair by pair, close in time. A pair with a value that is not finite and positive is left
             out.
-        group: which start of the two processes each pair ran in; None takes five neighbours at a time as one.
+        group: which start of the two processes each pair ran in.
     """
 
     base: Sequence[float]
     head: Sequence[float]
-    group: Sequence[int] | None = None
+    group: Sequence[int]
 
     def __post_init__(self) -> None:
         """Raises ValueError where the lengths differ."""
-        if not len(self.base) == len(self.head) == len(self.groups):
-            raise ValueError(f"{len(self.base)} and {len(self.head)} samples in {len(self.groups)} do not make pairs")
-
-    @property
-    def groups(self) -> Sequence[int]:
-        """Of each pair."""
-        if self.group is not None:
-            return self.group
-        return [index // (NUM_PAIRS // NUM_RESTARTS) for index in range(len(self.base))]
+        if not len(self.base) == len(self.head) == len(self.group):
+            raise ValueError(f"{len(self.base)} and {len(self.head)} samples in {len(self.group)} do not make pairs")
 
     def valid(self) -> list[tuple[float, float, int]]:
         """Base, head and group of each pair that can be used."""
-        every = zip(self.base, self.head, self.groups, strict=True)
+        every = zip(self.base, self.head, self.group, strict=True)
         return [pair for pair in every if 0 < pair[0] < math.inf and 0 < pair[1] < math.inf]
 
     def ratio(self) -> GroupedRatio | None:

@@ -173,7 +173,7 @@ def rates(rule: Rule, noise: Noise, slowdown: float, num_runs: int, seed: int = 
 
 def _bootstrap_over_starts(samples: Samples) -> tuple[float, float]:
     """Percentiles of the median over resampled starts, each with all of its pairs. As many pairs in each start."""
-    logs = (np.log(samples.head) - np.log(samples.base)).reshape(len(set(samples.groups)), -1)
+    logs = (np.log(samples.head) - np.log(samples.base)).reshape(len(set(samples.group)), -1)
     drawn = np.random.default_rng(0).integers(0, len(logs), (NUM_RESAMPLES, len(logs)))
     medians = np.median(logs[drawn].reshape(NUM_RESAMPLES, -1), axis=1)
     low, high = np.exp(np.quantile(medians, [1 - PASS_CONFIDENCE, PASS_CONFIDENCE])).tolist()

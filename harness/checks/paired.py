@@ -1,6 +1,6 @@
 """Is the head slower than a base? Both run the head's benchmarks on this machine, in turns; see `pairs`.
 
-Pairs whose surroundings changed are left out, and counted. Time is not all: both sides must compute the same tokens,
+Pairs whose surroundings changed are left out, and told. Time is not all: both sides must compute the same tokens,
 and the head must not need more memory.
 """
 
@@ -55,6 +55,9 @@ def report_of(
         findings = [_without_head(one) for one in findings]
     else:
         findings += [_tokens(metrics.values()), _peak(run.peaks)]
+    pairs = [pair for metric in metrics.values() for pair in metric.pairs]
+    if num_disturbed := sum(bool(pair.disturbed) for pair in pairs):
+        notes = (*notes, f"{num_disturbed} of {len(pairs)} pairs were disturbed; they are left out")
     sides = {name: {"commit": tree.commit} for name, tree in trees.items()}
     return Report(
         "paired",
@@ -73,7 +76,12 @@ def report_of(
 
 
 def _without_head(finding: Finding) -> Finding:
-    return replace(finding, verdict=Verdict.INVALID) if finding.verdict is Verdict.REGRESSION else finding
+    """What is the base's own: it cannot run the head's new benchmarks, and need not."""
+    if finding.verdict is not Verdict.REGRESSION:
+        return finding
+    if finding.figures.get("kind") == "missing":
+        return replace(finding, verdict=Verdict.PASS, reason=f"not compared, new since the base: {finding.reason}")
+    return replace(finding, verdict=Verdict.INVALID)
 
 
 def _invalid(metrics: Collection[Metric]) -> Finding | None:

@@ -150,7 +150,9 @@ class PairedRun:
     def _choose(self, head: Asked, only: Sequence[str]) -> list[str]:
         """The benchmarks to run; a file of the head's that cannot be read is a regression."""
         for file, reason in head.uncollected.items():
-            self.findings[file] = Finding(file, Verdict.REGRESSION, f"the head cannot load it: {reason}")
+            self.findings[file] = Finding(
+                file, Verdict.REGRESSION, f"the head cannot load it: {reason}", {"kind": "missing"}
+            )
         if unknown := sorted(set(only) - set(head.collected)):
             known = ", ".join(head.collected) or "none"
             raise UsageError(f"no benchmark {', '.join(unknown)}: there are {known}")
@@ -232,4 +234,4 @@ def _failed(name: str, failure: SideFailed) -> Finding:
         return Finding(name, Verdict.INVALID, f"the {failure.side} {failure}")
     how = {"crash": "crashes", "hang": "hangs", "skipped": "skips it"}.get(failure.kind, "fails")
     verdict = Verdict.REGRESSION if failure.side == "head" else Verdict.INVALID
-    return Finding(name, verdict, f"the {failure.side} {how}: {failure}")
+    return Finding(name, verdict, f"the {failure.side} {how}: {failure}", {"kind": failure.kind})

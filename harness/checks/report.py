@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from runtime.errors import one_line
+
 
 class Verdict(enum.IntEnum):
     """Of a check; the value is the exit code (2 is a wrong command line)."""
@@ -36,6 +38,10 @@ class Finding:
     verdict: Verdict
     reason: str
     figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """A reason may quote what a process printed last: XML has no place for its control characters."""
+        object.__setattr__(self, "reason", one_line(self.reason))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -141,7 +142,8 @@ def scan_series(history: Path, new: Path | None) -> Report:
             for at, change in zip(found, changes, strict=True)
             if len(points) - at <= RECENT_POINTS
         ]
-    return Report("series", tuple(findings), "python -m harness.check --series", tuple(notes))
+    command = shlex.join(["python", "-m", "harness.check", "--series", "--history", str(history)])
+    return Report("series", tuple(findings), command, tuple(notes))
 
 
 def read_history(history: Path) -> list[Point]:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def worktrees(root: Path, base: str) -> Iterator[tuple[Tree, Tree, tuple[str, ..
 
     Raises:
         UsageError: `root` is no git repository, or `base` is not known in it.
-        EnvironmentFailed: packages could not be installed.
+        EnvironmentFailed: git could not make a worktree, or packages could not be installed.
     """
     _check_repository(root)
     commits = {"base": _commit_of(root, base)}
@@ -74,7 +74,8 @@ def worktrees(root: Path, base: str) -> Iterator[tuple[Tree, Tree, tuple[str, ..
         yield *trees, (*_changes(changed), *notes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _git(root, "worktree", "prune")
+        with suppress(EnvironmentFailed):  # what ended the block says more
+            _git(root, "worktree", "prune")
 
 
 def _changes(changed: int) -> tuple[str, ...]:
@@ -86,9 +87,9 @@ def _check_repository(root: Path) -> None:
         top = Path(_git(root, "rev-parse", "--show-toplevel"))
     except FileNotFoundError as error:
         raise UsageError("git is not installed, and --base compares two commits: install git") from error
-    except subprocess.CalledProcessError as error:
-        why = (error.stderr.strip() or "no git repository").splitlines()[0]
-        raise UsageError(f"--base compares two commits, and {root} has none ({why}); run it in a git clone") from error
+    except EnvironmentFailed as error:
+        told = f"--base compares two commits, and {root} has none ({error})"
+        raise UsageError(f"{told}; run it in a git clone") from error
     if top.resolve() != root.resolve():
         raise UsageError(f"--base compares two commits of a clone, and {root} is not the top of one: run it there")
 
@@ -96,7 +97,7 @@ def _check_repository(root: Path) -> None:
 def _commit_of(root: Path, ref: str) -> str:
     try:
         return _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
-    except subprocess.CalledProcessError as error:
+    except EnvironmentFailed as error:
         is_shallow = _git(root, "rev-parse", "--is-shallow-repository") == "true"
         way_out = (
             "this clone is shallow: git fetch --unshallow, or fetch-depth: 0 for actions/checkout"
@@ -166,11 +167,16 @@ def _git(root: Path, *arguments: str, environment: Mapping[str, str] | None = No
     """What git answers, asked at `root`: neither hooks nor variables that name another repository have a say.
 
     Raises:
-        CalledProcessError, FileNotFoundError: as `subprocess.run`.
+        EnvironmentFailed: it fails, and why. FileNotFoundError: there is no git.
     """
     clean = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     command = ["git", "-c", f"core.hooksPath={os.devnull}", "-C", str(root), *arguments]
-    return _run(command, {**clean, **(environment or {})})
+    try:
+        return _run(command, {**clean, **(environment or {})})
+    except subprocess.CalledProcessError as error:
+        told = error.stderr.strip().splitlines() or ["no reason given"]
+        why = next((line for line in told if line.startswith(("fatal", "error"))), told[-1])
+        raise EnvironmentFailed(f"git {arguments[0]}: {why}") from error
 
 
 def _run(command: list[str], environment: Mapping[str, str] | None = None) -> str:

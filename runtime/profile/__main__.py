@@ -76,7 +76,8 @@ def _explain(options: argparse.Namespace) -> int:
         print(f"\n{one.candidate.path}  [{one.candidate.place.name}]")
         if one.match is not None:
             print(f"  {one.match.level}: {'; '.join(one.match.reasons) or 'model and machine are those it is for'}")
-        print("  taken" if one.is_used else f"  not taken: {one.why}")
+        taken = "taken" if options.model is not None else "taken for the model that it names"
+        print(f"  {taken}" if one.is_used else f"  not taken: {one.why}")
     if not any(one.is_used for one in judged):
         print("\nnone is taken: the default configuration runs; tune one: python -m harness.tune --model MODEL")
     return 0

@@ -41,7 +41,7 @@ def _check(found: dict[str, Any]) -> None:
 
 
 def test_mangled_files_in_passing(tmp_path: Path) -> None:
-    _check(_fuzz(tmp_path, "--seed", "1", seconds=2.5))
+    _check(_fuzz(tmp_path, "--seed", "1", seconds=1.0))
 
 
 @pytest.mark.slow
@@ -86,6 +86,7 @@ print(json.dumps([fuzzer.judge(Reader("", None, None, read, lambda value, path: 
 """
 
 
+@pytest.mark.slow
 def test_the_fuzzer_sees_what_must_not_be(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", _BROKEN, str(tmp_path / "file")],

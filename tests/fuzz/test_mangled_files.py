@@ -322,21 +322,21 @@ def _run(main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.
 
 def test_mangled_traces_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--policy", "lru", "--slots", "50%", "--json", "--trace"]
-    codes = [_run(simulate.main, [*options, str(path)], capsys) for path in _samples("trace", tmp_path, 150)]
-    assert codes.count(2) > 50 and codes.count(0) > 2
+    codes = [_run(simulate.main, [*options, str(path)], capsys) for path in _samples("trace", tmp_path, 60)]
+    assert codes.count(2) > 20 and codes.count(0) > 0
 
 
 def test_mangled_profiles_through_the_command(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--prompt", "a", "--max-new-tokens", "1", "--model", str(checkpoint), "--profile"]
-    codes = [_run(generate.main, [*options, str(path)], capsys) for path in _samples("profile", tmp_path, 60)]
-    assert codes.count(2) > 30
+    codes = [_run(generate.main, [*options, str(path)], capsys) for path in _samples("profile", tmp_path, 30)]
+    assert codes.count(2) > 15
 
 
 def test_mangled_prompts_through_the_command(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--max-new-tokens", "1", "--model", str(checkpoint), "--prompts"]
-    codes = [_run(generate.main, [*options, str(path)], capsys) for path in _samples("prompts", tmp_path, 20)]
-    assert codes.count(2) > 5
+    codes = [_run(generate.main, [*options, str(path)], capsys) for path in _samples("prompts", tmp_path, 8)]
+    assert codes.count(2) > 2

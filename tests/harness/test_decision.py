@@ -100,9 +100,9 @@ def test_no_metrics_no_findings() -> None:
 
 def test_samples_without_any_noise() -> None:
     constant = [1.0] * NUM_PAIRS
-    assert _one(Samples(constant, constant)).verdict is Verdict.PASS
-    assert _one(Samples(constant, [1.1] * NUM_PAIRS)).verdict is Verdict.REGRESSION
-    assert _one(Samples(constant, [1.0199] * NUM_PAIRS)).verdict is Verdict.PASS
+    assert _one(Samples(constant, constant, GROUPS)).verdict is Verdict.PASS
+    assert _one(Samples(constant, [1.1] * NUM_PAIRS, GROUPS)).verdict is Verdict.REGRESSION
+    assert _one(Samples(constant, [1.0199] * NUM_PAIRS, GROUPS)).verdict is Verdict.PASS
 
 
 def test_too_few_pairs_decide_nothing_however_clear_they_look() -> None:
@@ -118,19 +118,14 @@ def test_what_was_not_measured_is_left_out_and_nothing_at_all_is_invalid() -> No
     bad = [math.nan, math.inf, 0.0, -1.0]
     found = _one(Samples([*bad, *samples.base[4:]], samples.head, GROUPS))
     assert found.verdict is Verdict.REGRESSION and found.figures["num_pairs"] == NUM_PAIRS - 4
-    assert _one(Samples([1.0] * 40, [math.nan] * 40)).verdict is Verdict.INVALID
-    assert _one(Samples([], [])).verdict is Verdict.INVALID
+    assert _one(Samples([1.0] * 40, [math.nan] * 40, [0] * 40)).verdict is Verdict.INVALID
+    assert _one(Samples([], [], [])).verdict is Verdict.INVALID
 
 
-@pytest.mark.parametrize(("base", "head", "group"), [([1.0], [], None), ([1.0], [1.0], [0, 1]), ([], [1.0], None)])
-def test_what_makes_no_pairs_is_refused(base: list[float], head: list[float], group: Sequence[int] | None) -> None:
+@pytest.mark.parametrize(("base", "head", "group"), [([1.0], [], [0]), ([1.0], [1.0], [0, 1]), ([], [1.0], [0])])
+def test_what_makes_no_pairs_is_refused(base: list[float], head: list[float], group: Sequence[int]) -> None:
     with pytest.raises(ValueError, match="do not make pairs"):
         Samples(base, head, group)
-
-
-def test_without_groups_five_neighbours_are_one() -> None:
-    samples = _samples(1.02, between=0.01)
-    assert _one(Samples(samples.base, samples.head)) == _one(samples)
 
 
 def test_on_a_noisy_runner_nothing_passes_and_a_clear_regression_stays_one() -> None:
@@ -147,7 +142,12 @@ def test_on_a_noisy_runner_nothing_passes_and_a_clear_regression_stays_one() -> 
 
 
 def test_a_runner_is_judged_by_base_against_itself() -> None:
-    pairs = {"quiet": _samples(1.0), "noisy": _samples(1.0, 0.06), "tilted": _samples(0.98), "few": Samples([1], [1])}
+    pairs = {
+        "quiet": _samples(1.0),
+        "noisy": _samples(1.0, 0.06),
+        "tilted": _samples(0.98),
+        "few": Samples([1], [1], [0]),
+    }
     found = {one.name: one for one in judge_runner(pairs)}
     assert found["quiet"].verdict is Verdict.PASS
     assert found["noisy"].verdict is Verdict.INCONCLUSIVE and "--margin" in found["noisy"].reason

@@ -145,14 +145,14 @@ def test_sides_take_turns(runner: Runner) -> None:
     assert starts[:10] == "BHHBBHHBBH" and starts[10:20] == "HBBHHBBHHB"
     assert runner.log.count("start base") == runner.log.count("close head") == NUM_RESTARTS
     samples = run.metrics["decode"].samples()
-    assert samples.groups == [pair // 5 for pair in range(NUM_PAIRS)]
+    assert samples.group == [pair // 5 for pair in range(NUM_PAIRS)]
     assert runner.lines[-1].startswith(f"decode {NUM_PAIRS}/{NUM_PAIRS}: base 0.1")
 
 
 @pytest.mark.parametrize(("num_pairs", "groups"), [(2, [0, 1]), (10, [0, 0, 0, 1, 1, 1, 2, 2, 3, 3])])
 def test_few_pairs_are_shared_evenly(runner: Runner, num_pairs: int, groups: list[int]) -> None:
     run = runner({"decode": 0.1}, {"decode": 0.1}, num_pairs)
-    assert run.metrics["decode"].samples().groups == groups
+    assert run.metrics["decode"].samples().group == groups
 
 
 def test_repeats_are_of_one_side(runner: Runner) -> None:
@@ -190,7 +190,9 @@ def test_disturbed_pairs_are_left_out(runner: Runner, calm: type[Calm]) -> None:
     run = runner({"decode": 0.1}, {"decode": 0.1})
     metric = run.metrics["decode"]
     assert len(metric.kept) == 50 and len(metric.as_dict()["disturbed"]) == 10
-    assert _found(_report(run))["decode"][0] is Verdict.PASS
+    report = _report(run)
+    assert _found(report)["decode"][0] is Verdict.PASS
+    assert report.notes == ("10 of 60 pairs were disturbed; they are left out",)
     assert "disturbed: others took all cores" in runner.lines[0]
 
 
@@ -303,6 +305,16 @@ def test_the_base_beside_itself(runner: Runner) -> None:
     assert list(found) == ["decode"] and found["decode"][0] is Verdict.PASS and "quiet enough" in found["decode"][1]
     crash = SideFailed("head", "crash", "ended by SIGSEGV")
     assert _report(runner({"decode": 0.1}, {"decode": crash}), is_aa=True).verdict is Verdict.INVALID
+
+
+def test_the_base_beside_itself_need_not_run_what_is_new(runner: Runner) -> None:
+    new: Speeds = {"decode": 0.1, "serving": SideFailed("head", "missing", "ImportError: no serve")}
+    runner.change = lambda fake: setattr(fake, "uncollected", {"test_new.py": "ImportError: no new"})
+    report = _report(runner(new, new), is_aa=True)
+    found = _found(report)
+    assert report.verdict is Verdict.PASS and list(found) == ["test_new.py", "serving", "decode"]
+    for name in ("test_new.py", "serving"):
+        assert found[name][1].startswith("not compared, new since the base: ")
 
 
 # From here on with real processes.

@@ -87,6 +87,7 @@ def test_an_alert_names_the_command_that_confirms_it_and_stays_a_pass(tmp_path: 
         "git checkout commit51 && python -m harness.check --base commit48"
     )
     assert report.verdict is Verdict.PASS
+    assert report.reproduce == f"python -m harness.check --series --history {tmp_path}"
     json.dumps(report.as_dict())
 
 

@@ -81,6 +81,17 @@ def test_an_unknown_commit(repository: Repository) -> None:
     assert repository.state() == before
 
 
+def test_a_worktree_that_git_cannot_make(repository: Repository) -> None:
+    (repository.path / ".git/worktrees").write_text("in the way")
+    before = repository.state()
+    with (
+        pytest.raises(EnvironmentFailed, match="git worktree: fatal: could not create"),
+        worktrees(repository.path, "HEAD"),
+    ):
+        pass
+    assert repository.state() == before
+
+
 def test_a_shallow_clone_without_the_base(repository: Repository, tmp_path: Path) -> None:
     old = repository.git("rev-parse", "HEAD")
     repository.commit({"a": "1"})
