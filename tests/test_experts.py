@@ -34,7 +34,7 @@ def _check(module: Any, num_tokens: int) -> None:
     hidden = torch.randn(num_tokens, HIDDEN, generator=generator)
     index = torch.rand(num_tokens, EXPERTS, generator=generator).topk(TOP_K).indices
     weights = torch.rand(num_tokens, TOP_K, generator=generator)
-    kernel = GroupedKernel(module, hidden, index, weights, range(EXPERTS))
+    kernel = GroupedKernel(module, hidden, index, weights, range(EXPERTS), index.numpy())
     for expert in reversed(range(EXPERTS)):
         mine = {name: parameter[expert] for name, parameter in module.named_parameters()}
         kernel.add([Arrival(expert, mine)])

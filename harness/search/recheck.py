@@ -179,7 +179,7 @@ def _sizes(profile: Profile) -> tuple[Sizes, tuple[str, ...]]:
 
 def _matched(profile: Profile, checkpoint: str) -> tuple[str, ...]:
     """Why the promise may not hold here; ProfileError where it cannot."""
-    from runtime.build import machine_facts
+    from runtime.devices import machine_facts
     from runtime.facts import describe
 
     found = match_profile(profile, describe(checkpoint).identity, machine_facts())

@@ -1,0 +1,43 @@
+"""The arena of expert slots in the memory of a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from runtime.errors import BudgetError
+from runtime.transfer.slots import TensorPlace
+
+
+class DeviceSlots:
+    """`num_slots` slots of `slot_bytes` bytes each, one allocation on `device`; nothing is written into it here.
+
+    Attributes:
+        memory: all of it, uint8 [num_slots * slot_bytes].
+
+    Raises:
+        BudgetError: fewer than one slot, or the device has no room.
+    """
+
+    def __init__(self, num_slots: int, slot_bytes: int, device: torch.device) -> None:
+        if num_slots < 1:
+            raise BudgetError(f"{num_slots} slots of {slot_bytes} bytes: at least one is needed; allow more memory")
+        self.num_slots, self.slot_bytes = num_slots, slot_bytes
+        try:
+            self.memory = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
+        except RuntimeError as error:  # torch's out of memory is one
+            raise BudgetError(
+                f"{num_slots} slots of {slot_bytes} bytes, {num_slots * slot_bytes} bytes in all, do not fit on "
+                f"{device} ({str(error).partition('.')[0]}); take fewer slots"
+            ) from error
+
+    def view(self, slot: int, place: TensorPlace) -> torch.Tensor:
+        """The tensor at `place` of `slot`, no copy: it changes when the slot is loaded anew. Keeps the memory alive."""
+        num_bytes = math.prod(place.shape) * place.dtype.itemsize
+        if not 0 <= slot < self.num_slots:
+            raise IndexError(f"slot {slot} of {self.num_slots}")
+        if place.slot_offset + num_bytes > self.slot_bytes:
+            raise ValueError(f"{place} does not fit into a slot of {self.slot_bytes} bytes")
+        start = slot * self.slot_bytes + place.slot_offset
+        return self.memory[start : start + num_bytes].view(place.dtype).view(place.shape)
