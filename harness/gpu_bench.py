@@ -1,8 +1,8 @@
 """Systems on a GPU side by side: `python -m harness.gpu_bench --expert-bytes 12MiB --hidden-size 2048 --out FOLDER`.
 
 The demo widened to the expert width that is asked for, decoded one token at a time by replayed held-out text, and a
-long prompt: resident, offloaded at several residencies, with and without prefetch, on-demand copies, plain transformers, and
-accelerate's CPU offload. One JSON file, written anew after every system.
+long prompt: resident, offloaded at several residencies, with and without prefetch, on-demand copies, plain
+transformers, and accelerate's CPU offload. One JSON file, written anew after every system.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from harness.measure.gpu_runs import System, Systems
 
+_PROFILED_TOKENS = 9  # more would take minutes to sum up
+_SLOW_TOKENS = 4
 NO_PREFETCH = {"prefetch.depth": 0, "predictor.kind": "none"}
 AHEAD = {"prefetch.on_trial": False}
 
@@ -65,11 +67,14 @@ def _measure(system: System, contender: Contender, workload: Any, most_tokens: i
 
 
 def _profile(system: System, request: Any, file: Path) -> None:
-    """What the host and the GPU spend the time of one request on."""
+    """What the host and the GPU spend the time of a short request on."""
+    from dataclasses import replace
+
     from torch.profiler import ProfilerActivity, profile
 
+    few = replace(request, output_ids=request.output_ids[:_PROFILED_TOKENS])
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        seconds = system.step_s(request)
+        seconds = system.step_s(few)
     averages = seen.key_averages()
     tables = [averages.table(sort_by=by, row_limit=25) for by in ("self_cpu_time_total", "self_cuda_time_total")]
     write_atomic(file, f"{seconds:.4f} s\n" + "\n".join(tables))
@@ -142,7 +147,7 @@ def _one(
         return {"error": f"{contender.name}: {error}"}
     try:
         loaded_s = time.perf_counter() - began
-        found = _measure(system, contender, workload, most_tokens=8)
+        found = _measure(system, contender, workload, most_tokens=_SLOW_TOKENS)
         if contender.name in options.profile:
             _profile(system, workload.requests[1], folder / f"profile-{contender.name.replace(' ', '')}.txt")
         return {"load_s": loaded_s, "total_s": time.perf_counter() - began, **found}

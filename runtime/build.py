@@ -267,7 +267,8 @@ def _tier(store: ExpertStore, num_slots: int, profile: Profile, device: torch.de
     if not is_gpu(device):
         arena = SlotArena(num_slots, store.slot_bytes)
         return _Tier(store, arena, DiskTransfer(store, arena, io_threads=io_threads), [])
-    slab = HostSlab(store, io_threads=io_threads)
+    limit = profile.tiers.host_bytes if profile.tiers is not None else None
+    slab = HostSlab(store, io_threads=io_threads, limit_bytes=limit)
     slots = DeviceSlots(num_slots, slab.slot_bytes, device)
     transfer = CudaTransfer(CudaStreams(slab, slots, profile.transfer.streams), num_slots, store.describe)
     note = (

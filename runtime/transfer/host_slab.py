@@ -28,21 +28,27 @@ class HostSlab:
         num_bytes: of one expert, the gaps between its tensors included. slot_bytes: the same in whole pages.
         arena: the mapping.
 
+    Args:
+        io_threads: that read. limit_bytes: of memory that it may take; None: what is free.
+
     Raises:
-        BudgetError: more than the memory that is free. TransferError: an expert cannot be read.
+        BudgetError: more than that. TransferError: an expert cannot be read.
     """
 
-    def __init__(self, store: ExpertStore, *, io_threads: int = 2) -> None:
+    def __init__(self, store: ExpertStore, *, io_threads: int = 2, limit_bytes: int | None = None) -> None:
         self.num_experts = store.num_experts
         self._rows = {expert: row for row, expert in enumerate(store.experts)}
         self._places, self.num_bytes = _lay_out(store.tensors(store.experts[0]))
         self.slot_bytes = align(self.num_bytes, PAGE_BYTES)
         needed_bytes, free_bytes = len(self._rows) * self.slot_bytes, machine.available_memory_bytes()
+        if limit_bytes is not None and limit_bytes < free_bytes:
+            free_bytes, why = limit_bytes, "are allowed (tiers.host_bytes); raise it"
+        else:
+            why = "are free; free some"
         if needed_bytes > free_bytes:
             raise BudgetError(
                 f"the experts need {machine.format_bytes(needed_bytes)} of pinned host memory and "
-                f"{machine.format_bytes(free_bytes)} are free; free some, or compute on the CPU (device cpu), which "
-                "leaves them on disk"
+                f"{machine.format_bytes(free_bytes)} {why}, or compute on the CPU (device cpu), which leaves them on disk"
             )
         self.arena = SlotArena(len(self._rows), self.slot_bytes)
         self._fill(store, io_threads)

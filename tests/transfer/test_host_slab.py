@@ -30,6 +30,8 @@ def test_more_than_the_memory_that_is_free_is_refused_before_it_is_taken(
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 60_000)
     with pytest.raises(BudgetError, match=r"98\.3 kB of pinned host memory and 60\.0 kB are free"):
         HostSlab(plain_store(tmp_path / "experts.bin", 12, 5000))
+    with pytest.raises(BudgetError, match=r"and 50\.0 kB are allowed \(tiers\.host_bytes\); raise it"):
+        HostSlab(plain_store(tmp_path / "experts.bin", 12, 5000), limit_bytes=50_000)
 
 
 def test_slots_of_a_device_are_views_of_one_allocation() -> None:
