@@ -68,7 +68,6 @@ _EAGER_NUMERICS: dict[str, _Numerics] = {
 }
 
 
-_Rows = torch.Tensor | slice
 _Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 _Activate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -136,30 +135,39 @@ class EagerKernel(Kernel):
         self._final = torch.zeros_like(hidden, dtype=self._numerics.accumulate(hidden, weights))
         self._order = iter(sorted(experts))
         self._next = next(self._order, None)
-        self._waiting: dict[int, tuple[_Rows, torch.Tensor]] = {}
+        self._waiting: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
 
     def add(self, arrivals: Sequence[Arrival]) -> None:
         for expert, weights in arrivals:
-            token, rank = self._chosen_by(expert)
-            rows = self._feed_forward(self._cast(self.hidden[token]), weights, self._linear, self._activate)
-            rows = rows * self._cast(self.weights[token, rank]).reshape(-1, 1)
+            token, hidden, share = self._chosen_by(expert)
+            rows = self._feed_forward(self._cast(hidden), weights, self._linear, self._activate)
+            rows = rows * self._cast(share)
             self._waiting[expert] = (token, rows.to(self._final.dtype))
         while self._next in self._waiting:
             token, rows = self._waiting.pop(self._next)
-            if isinstance(token, slice):
-                self._final[token] += rows
+            if token is None:
+                self._final += rows
             else:
                 self._final.index_add_(0, token, rows)
             self._next = next(self._order, None)
 
-    def _chosen_by(self, expert: int) -> tuple[_Rows, _Rows]:
-        """The tokens that chose an expert and the rank that each gave it, by rank; a single one as slices, which need
-        no kernel of their own."""
-        if len(self._choice) == 1 and len(found := np.flatnonzero(self._choice[0] == expert)) == 1:
-            return slice(0, 1), slice(found[0], found[0] + 1)
+    def _chosen_by(self, expert: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """The tokens [n] that chose an expert, by the rank that they gave it, their hidden states [n, H] and weights
+        [n, 1]. A single token is None: it needs no gathering, each step of which is a kernel of its own on a GPU."""
+        if self._shares is not None:
+            return None, self.hidden, self._shares[expert]
         experts, tokens, ranks = self._by_expert
         rows = slice(*np.searchsorted(experts, [expert, expert + 1]))
-        return tokens[rows], ranks[rows]
+        token = tokens[rows]
+        return token, self.hidden[token], self.weights[token, ranks[rows], None]
+
+    @cached_property
+    def _shares(self) -> dict[int, torch.Tensor] | None:
+        """The weight [1, 1] of each expert of a single token; None for several, or where it chose one twice."""
+        chosen = self._choice[0].tolist() if len(self._choice) == 1 else []
+        if not chosen or len(set(chosen)) < len(chosen):
+            return None
+        return dict(zip(chosen, self.weights.split(1, dim=1), strict=True))
 
     @cached_property
     def _by_expert(self) -> tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor]:

@@ -73,14 +73,18 @@ class Streams(Protocol):
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    """Pieces of a load that were enqueued in one copy, between two events."""
+    """Pieces of a load that were enqueued in one copy.
+
+    `begin` is None behind another copy on the same lane. `wanted` is recorded where the compute stream waits for it.
+    """
 
     load: QueuedLoad
     num_pieces: int
     num_bytes: int
     number: int
-    begin: Event
+    begin: Event | None
     end: Event
+    wanted: Event | None = None
 
 
 class CudaTransfer(Transfer):
@@ -115,7 +119,6 @@ class CudaTransfer(Transfer):
         self._flights: tuple[deque[_Flight], deque[_Flight]] = (deque(), deque())
         self._under_way: dict[QueuedLoad, list[_Flight]] = {}  # loads that have begun and not ended: copies not done
         self._awaited: set[QueuedLoad] = set()  # of these, those that the compute stream waits for
-        self._stalls: deque[tuple[Event, Event]] = deque()
         self._events: list[Event] = []
         self._gate = streams.new_event()
         self._is_gated = [True, True]  # per copying lane: it waits for the gate already
@@ -133,6 +136,7 @@ class CudaTransfer(Transfer):
         """See `Transfer.submit`."""
         if self._is_closed:
             raise ValueError("the transfer is closed")
+        self._harvest()
         if not loads:
             self._pump()
             return
@@ -155,6 +159,7 @@ class CudaTransfer(Transfer):
 
     def is_ready(self, expert: int) -> bool:
         """See `Transfer.is_ready`."""
+        self._harvest()
         self._pump()
         load = self._queue.find(expert)
         return load is not None and self._is_there(load)
@@ -226,12 +231,11 @@ class CudaTransfer(Transfer):
 
     def _await(self, load: QueuedLoad) -> int:
         """Make the compute stream wait for a load whose copies are all enqueued."""
-        before, after = self._event(), self._event()
-        self._streams.record(before, Lane.COMPUTE)
-        for flight in self._under_way[load]:
+        flights = self._under_way[load]
+        flights[-1].wanted = wanted = self._event()
+        self._streams.record(wanted, Lane.COMPUTE)
+        for flight in flights:
             self._streams.wait(flight.end, Lane.COMPUTE)
-        self._streams.record(after, Lane.COMPUTE)
-        self._stalls.append((before, after))
         self._awaited.add(load)
         return load.expert
 
@@ -247,7 +251,6 @@ class CudaTransfer(Transfer):
 
     def _pump(self) -> None:
         """Enqueue what there is room for: demand first."""
-        self._harvest()
         while self._bytes_under_way < self._window_bytes and (taken := self._queue.take()) is not None:
             load, piece = taken
             is_demand = load.reason is LoadReason.DEMAND
@@ -269,7 +272,7 @@ class CudaTransfer(Transfer):
         start = pieces.start * self._piece_bytes
         num_bytes = min(pieces.stop * self._piece_bytes, streams.num_bytes) - start
         self._num_flights += 1
-        begin, end = self._event(), self._event()
+        begin, end = None if self._flights[lane] else self._event(), self._event()
         flight = _Flight(load, len(pieces), num_bytes, self._num_flights, begin, end)
         own = self._under_way.setdefault(load, [])
         try:
@@ -278,7 +281,8 @@ class CudaTransfer(Transfer):
                 self._is_gated[lane] = True
             for other in after:
                 streams.wait(other.end, lane)
-            streams.record(begin, lane)
+            if begin is not None:
+                streams.record(begin, lane)
             streams.copy(lane, load.expert, load.slot, start, num_bytes)
             streams.record(end, lane)
         except RuntimeError as error:
@@ -300,10 +304,6 @@ class CudaTransfer(Transfer):
                     self._land(flights.popleft(), str(error))
                 else:
                     self._land(flights.popleft())
-        while self._stalls and self._streams.is_done(self._stalls[0][1]):
-            before, after = self._stalls.popleft()
-            self._stats.stall_s += self._streams.elapsed_s(before, after)
-            self._events += (before, after)
 
     def _land(self, flight: _Flight, error: str = "") -> None:
         self._bytes_under_way -= flight.num_bytes
@@ -320,13 +320,19 @@ class CudaTransfer(Transfer):
                 self._awaited.discard(load)
 
     def _clock(self, flight: _Flight) -> None:
-        """Add the time of a copy, less what one that ended before it covers."""
-        elapsed_s, last = self._streams.elapsed_s, self._last_end
-        busy_s = elapsed_s(flight.begin, flight.end)
-        since_s = busy_s if last is None else elapsed_s(last, flight.end)
-        self._stats.busy_s += max(0.0, min(busy_s, since_s))
-        self._events.append(flight.begin)
-        if since_s <= 0.0:
+        """Add the time of a copy, less what one that ended before it covers, and that in which it was waited for."""
+        streams, last = self._streams, self._last_end
+        since_last_s = None if last is None else streams.elapsed_s(last, flight.end)
+        spans_s = [] if since_last_s is None else [since_last_s]
+        if flight.begin is not None:
+            spans_s.append(streams.elapsed_s(flight.begin, flight.end))
+            self._events.append(flight.begin)
+        self._stats.busy_s += max(0.0, min(spans_s, default=0.0))
+        if flight.wanted is not None:
+            if streams.is_done(flight.wanted):  # else the computation comes to it only now
+                self._stats.stall_s += max(0.0, streams.elapsed_s(flight.wanted, flight.end))
+            self._events.append(flight.wanted)
+        if since_last_s is not None and since_last_s <= 0.0:
             self._events.append(flight.end)
             return
         if last is not None:

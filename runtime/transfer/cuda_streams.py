@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+from collections.abc import Callable
 
 import torch
 
@@ -34,6 +36,7 @@ class CudaStreams:
         self._target = slots.memory
         self._source = torch.frombuffer(slab.arena.memory, dtype=torch.uint8)
         self._is_registered = False
+        self._copy = _driver_copy()
         with torch.cuda.device(self._device):
             demand = torch.cuda.Stream(self._device, priority=_HIGH)
             prefetch = torch.cuda.Stream(self._device, priority=_LOW) if num_streams > 1 else demand
@@ -50,10 +53,12 @@ class CudaStreams:
         self._stream(lane).wait_event(event)
 
     def copy(self, lane: Lane, expert: int, slot: int, start: int, num_bytes: int) -> None:
-        source, target = self._slab.start(expert) + start, slot * self._slot_bytes + start
-        with torch.cuda.stream(self._streams[lane]):
-            there = self._target[target : target + num_bytes]
-            there.copy_(self._source[source : source + num_bytes], non_blocking=True)
+        source = self._source.data_ptr() + self._slab.start(expert) + start
+        target = self._target.data_ptr() + slot * self._slot_bytes + start
+        with torch.cuda.device(self._device):
+            error = self._copy(target, source, num_bytes, self._streams[lane].cuda_stream)
+        if error:
+            raise RuntimeError(f"CUDA error {error}: {num_bytes} bytes of an expert could not be copied")
 
     def is_done(self, event: torch.cuda.Event) -> bool:
         return bool(event.query())
@@ -85,3 +90,13 @@ class CudaStreams:
                 f"({str(error).partition(chr(10))[0]}); raise RLIMIT_MEMLOCK, free memory, or compute on the CPU"
             ) from error
         self._is_registered = True
+
+
+def _driver_copy() -> Callable[[int, int, int, int], int]:
+    """`cuMemcpyHtoDAsync`: device address, host address, bytes, stream → error. Through torch it takes the host several
+    times as long, and every miss pays for it."""
+    copy = ctypes.CDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2
+    copy.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    copy.restype = ctypes.c_int
+    function: Callable[[int, int, int, int], int] = copy
+    return function

@@ -24,6 +24,7 @@ class DeviceSlots:
         if num_slots < 1:
             raise BudgetError(f"{num_slots} slots of {slot_bytes} bytes: at least one is needed; allow more memory")
         self.num_slots, self.slot_bytes = num_slots, slot_bytes
+        self._views: dict[tuple[int, TensorPlace], torch.Tensor] = {}
         try:
             self.memory = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
         except RuntimeError as error:  # torch's out of memory is one
@@ -34,6 +35,12 @@ class DeviceSlots:
 
     def view(self, slot: int, place: TensorPlace) -> torch.Tensor:
         """The tensor at `place` of `slot`, no copy: it changes when the slot is loaded anew. Keeps the memory alive."""
+        known = self._views.get((slot, place))
+        if known is None:
+            known = self._views[slot, place] = self._view(slot, place)
+        return known
+
+    def _view(self, slot: int, place: TensorPlace) -> torch.Tensor:
         num_bytes = math.prod(place.shape) * place.dtype.itemsize
         if not 0 <= slot < self.num_slots:
             raise IndexError(f"slot {slot} of {self.num_slots}")

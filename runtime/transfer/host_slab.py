@@ -48,7 +48,7 @@ class HostSlab:
         if needed_bytes > free_bytes:
             raise BudgetError(
                 f"the experts need {machine.format_bytes(needed_bytes)} of pinned host memory and "
-                f"{machine.format_bytes(free_bytes)} {why}, or compute on the CPU (device cpu), which leaves them on disk"
+                f"{machine.format_bytes(free_bytes)} {why}, or compute on the CPU, which leaves them on disk"
             )
         self.arena = SlotArena(len(self._rows), self.slot_bytes)
         self._fill(store, io_threads)
