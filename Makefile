@@ -5,13 +5,15 @@ PY     := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tune test test-all lint bench bench-replay clean
+.PHONY: help tune test test-all lint bench bench-replay gpu-check gpu-bench clean
 help:
 	@echo "make tune      tune the bundled demo model on this machine and write a profile   (ARGS='--max-memory 1GiB …')"
 	@echo "make test      lint, types and the fast tests"
 	@echo "make test-all  every test that this machine can run"
 	@echo "make bench     the tuned engine beside plain transformers and accelerate"
 	@echo "make bench-replay  how fast traces are replayed and requests are grouped"
+	@echo "make gpu-check  tests, exactness, bandwidth and one shape on a GPU; JSON in OUT   (PY=python3 where all is installed)"
+	@echo "make gpu-bench  systems on a GPU at the expert width SHAPE, such as SHAPE=12MiB"
 	@echo "make lint      ruff and mypy"
 
 $(VENV)/.core: pyproject.toml
@@ -50,6 +52,18 @@ bench: $(VENV)/.compare
 bench-replay: $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks -m slow --benchmark-enable --benchmark-timer=time.process_time \
 		--benchmark-columns=min,median,max,rounds $(ARGS)
+
+# No prerequisites: they run offline, with what is installed.
+OUT   ?= results/gpu
+SHAPE ?= 12MiB
+gpu-check:
+	@mkdir -p $(OUT)
+	$(PY) -m pytest -m gpu tests/gpu --junit-xml=$(OUT)/tests.xml
+	$(PY) -m harness.probe --gpu 0 --seconds 3 --json > $(OUT)/probe.json
+	$(PY) -m harness.gpu_bench --expert-bytes 1MiB --out $(OUT) --only resident --only "25 %" --budget-s 60
+
+gpu-bench:
+	$(PY) -m harness.gpu_bench --expert-bytes $(SHAPE) --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -149,7 +150,8 @@ def _one(
         loaded_s = time.perf_counter() - began
         found = _measure(system, contender, workload, most_tokens=_SLOW_TOKENS)
         if contender.name in options.profile:
-            _profile(system, workload.requests[1], folder / f"profile-{contender.name.replace(' ', '')}.txt")
+            name = re.sub("[^A-Za-z0-9.]+", "-", contender.name)
+            _profile(system, workload.requests[1], folder / f"profile-{name}.txt")
         return {"load_s": loaded_s, "total_s": time.perf_counter() - began, **found}
     finally:
         system.close()
@@ -172,7 +174,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m harness.gpu_bench", description=__doc__.split("\n\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m harness.gpu_bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--expert-bytes", default="12MiB", help="of one expert, at most (default %(default)s)")
     parser.add_argument("--hidden-size", type=int, help="the demo's times a power of two")
     parser.add_argument("--device", default="cuda:0", help="(default %(default)s)")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from late_streams import LateStreams
 from tiny import EXPERTS, LAYERS, TOP_K, save_tiny
 
 import runtime
@@ -15,54 +16,11 @@ from runtime import build
 from runtime.errors import DeviceError, ProfileError
 from runtime.model import load_offloaded, load_resident
 from runtime.profile import Match, Profile
-from runtime.transfer.cuda import Lane
-from runtime.transfer.device_slots import DeviceSlots
 from runtime.transfer.host_slab import ALIGNMENT_BYTES, HostSlab
 from runtime.transfer.store import ExpertStore
 
 PROMPT = "the quick brown fox jumps"
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-
-
-class LateStreams:
-    """Copies run when the compute stream waits for them; a kernel that did not wait reads what was there before."""
-
-    def __init__(self, slab: HostSlab, slots: DeviceSlots, num_streams: int) -> None:
-        self.num_bytes = slab.num_bytes
-        self._slab, self._slots = slab, slots
-        self._source = torch.frombuffer(slab.arena.memory, dtype=torch.uint8)
-        self._pending: list[tuple[int, int, int, int]] = []
-        slots.memory.fill_(255)  # bfloat16 NaN
-
-    def new_event(self) -> list[int]:
-        return [0]
-
-    def record(self, event: list[int], lane: Lane) -> None:
-        event[0] = len(self._pending)
-
-    def wait(self, event: list[int], lane: Lane) -> None:
-        if lane is Lane.COMPUTE:
-            self.synchronize(event)
-
-    def copy(self, lane: Lane, expert: int, slot: int, start: int, num_bytes: int) -> None:
-        self._pending.append((expert, slot, start, num_bytes))
-
-    def is_done(self, event: list[int]) -> bool:
-        return all(one is None for one in self._pending[: event[0]])
-
-    def synchronize(self, event: list[int]) -> None:
-        for number, one in enumerate(self._pending[: event[0]]):
-            if one is not None:
-                expert, slot, start, num_bytes = one
-                source, target = self._slab.start(expert) + start, slot * self._slots.slot_bytes + start
-                copied = self._source[source : source + num_bytes]
-                self._slots.memory[target : target + num_bytes] = copied
-                self._pending[number] = None  # type: ignore[call-overload]
-
-    def elapsed_s(self, begin: list[int], end: list[int]) -> float:
-        return 0.0
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture

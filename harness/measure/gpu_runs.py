@@ -183,7 +183,7 @@ class Systems:
 
     def accelerate(self, overrides: Mapping[str, Any]) -> System:
         """Accelerate's CPU offload: every weight in host memory, copied before its module runs. Needs accelerate."""
-        from accelerate import cpu_offload
+        from accelerate.big_modeling import cpu_offload
 
         return System(_OnDevice(cpu_offload(self._plain, self.device), self.device), None, self.device)
 

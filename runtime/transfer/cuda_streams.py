@@ -33,8 +33,8 @@ class CudaStreams:
         self.num_bytes = slab.num_bytes
         self._slab, self._device = slab, slots.memory.device
         self._slot_bytes = slots.slot_bytes
-        self._target = slots.memory
-        self._source = torch.frombuffer(slab.arena.memory, dtype=torch.uint8)
+        self._memory = slots.memory  # kept while copies go there
+        self._source_address, self._target_address = slab.arena.address(0), slots.memory.data_ptr()
         self._is_registered = False
         self._copy = _driver_copy()
         with torch.cuda.device(self._device):
@@ -53,9 +53,10 @@ class CudaStreams:
         self._stream(lane).wait_event(event)
 
     def copy(self, lane: Lane, expert: int, slot: int, start: int, num_bytes: int) -> None:
-        source = self._source.data_ptr() + self._slab.start(expert) + start
-        target = self._target.data_ptr() + slot * self._slot_bytes + start
-        with torch.cuda.device(self._device):
+        source = self._source_address + self._slab.start(expert) + start
+        target = self._target_address + slot * self._slot_bytes + start
+        is_current = torch.cuda.current_device() == self._device.index
+        with contextlib.nullcontext() if is_current else torch.cuda.device(self._device):
             error = self._copy(target, source, num_bytes, self._streams[lane].cuda_stream)
         if error:
             raise RuntimeError(f"CUDA error {error}: {num_bytes} bytes of an expert could not be copied")
@@ -75,7 +76,7 @@ class CudaStreams:
                 stream.synchronize()
         if self._is_registered:
             self._is_registered = False
-            torch.cuda.cudart().cudaHostUnregister(self._source.data_ptr())
+            torch.cuda.cudart().cudaHostUnregister(self._source_address)
 
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
         return self._streams.get(lane) or torch.cuda.current_stream(self._device)
@@ -83,7 +84,7 @@ class CudaStreams:
     def _register(self) -> None:
         runtime = torch.cuda.cudart()
         try:
-            torch.cuda.check_error(runtime.cudaHostRegister(self._source.data_ptr(), self._slab.total_bytes, 0))
+            torch.cuda.check_error(runtime.cudaHostRegister(self._source_address, self._slab.total_bytes, 0))
         except RuntimeError as error:
             raise BudgetError(
                 f"{machine.format_bytes(self._slab.total_bytes)} of host memory for the experts cannot be pinned "
