@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help tune test test-all lint check bench bench-engine bench-replay clean
+.PHONY: help tune test test-all lint check bench bench-engine bench-replay gpu-check gpu-bench clean
 help:
 	@echo "make tune      tune the bundled demo model on this machine and write a profile   (ARGS='--max-memory 1GiB …')"
 	@echo "make test      lint, types and the fast tests"
@@ -14,6 +14,8 @@ help:
 	@echo "make bench     the tuned engine beside plain transformers and accelerate"
 	@echo "make bench-engine  decoding, prefill, batches and loading of the demo, as pytest-benchmark tests"
 	@echo "make bench-replay  how fast traces are replayed and requests are grouped"
+	@echo "make gpu-check  tests, exactness, bandwidth and one shape on a GPU; JSON in OUT   (PY=python3 where all is installed)"
+	@echo "make gpu-bench  systems on a GPU at the expert width SHAPE, such as SHAPE=12MiB"
 	@echo "make lint      ruff and mypy"
 
 $(VENV)/.core: pyproject.toml
@@ -60,6 +62,18 @@ bench-replay: $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/test_replay_speed.py -m slow --benchmark-enable \
 		--benchmark-timer=time.process_time \
 		--benchmark-columns=min,median,max,rounds $(ARGS)
+
+# No prerequisites: they run offline, with what is installed.
+OUT   ?= results/gpu
+SHAPE ?= 12MiB
+gpu-check:
+	@mkdir -p $(OUT)
+	$(PY) -m pytest -m gpu tests/gpu --junit-xml=$(OUT)/tests.xml
+	$(PY) -m harness.probe --gpu 0 --seconds 3 --json > $(OUT)/probe.json
+	$(PY) -m harness.gpu_bench --expert-bytes 1MiB --out $(OUT) --only resident --only "25 %" --budget-s 60
+
+gpu-bench:
+	$(PY) -m harness.gpu_bench --expert-bytes $(SHAPE) --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
 from runtime.cache.policies import FORESEEING
 from runtime.cache.residency import Residency
+from runtime.devices import in_turn, is_gpu
 from runtime.engine import Engine
 from runtime.errors import BudgetError, UnsupportedModelError
 from runtime.experts import IMPLEMENTATION, KERNELS, ExpertSource, Kernel, LayerRunner, ResidentSource, register
@@ -22,7 +23,7 @@ from runtime.facts import ModelFacts, pool_layers, resolve, top_k_of, wanted_slo
 from runtime.loading import choose
 from runtime.model import LoadedModel, load_offloaded, load_resident, routers_and_norms
 from runtime.passes import PassTracker
-from runtime.pool import OffloadedSource, Pool
+from runtime.pool import ExpertPlaces, OffloadedSource, Pool, Slots
 from runtime.predictors.artifact import RoutingShape
 from runtime.predictors.base import NoPredictor, Predictor, RoutePredictor
 from runtime.predictors.gate_lookahead import (
@@ -36,7 +37,12 @@ from runtime.predictors.make import PredictorSpec, make_predictor
 from runtime.predictors.params import LEARNING
 from runtime.profile import LOSSY, Profile
 from runtime.substitute import PHASES, Substitution, substitution_of
+from runtime.transfer.base import Transfer
+from runtime.transfer.cuda import CudaTransfer
+from runtime.transfer.cuda_streams import CudaStreams
+from runtime.transfer.device_slots import DeviceSlots
 from runtime.transfer.disk import DiskTransfer
+from runtime.transfer.host_slab import HostSlab
 from runtime.transfer.slots import SlotArena
 from runtime.transfer.store import ExpertStore
 from runtime.vocabulary import Load, Phase
@@ -48,6 +54,7 @@ def load(
     *,
     overrides: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
     record_loads: bool = False,
     strict: bool = False,
     probe: bool | float = False,
@@ -60,30 +67,35 @@ def load(
         model: the checkpoint, where `source` is a profile that was tuned on a copy elsewhere.
         overrides: dotted profile keys and their values, such as {"cache.slots": "25%"}.
         dtype: as in `from_pretrained`.
+        device: where it computes, such as "cuda:0"; experts then rest in host memory. None: the GPU that the profile
+            was tuned on, else the CPU, with experts left on disk.
         record_loads: keep `Engine.needed_loads`.
         strict: refuse a profile that is stale or for something else; else `Engine.notes` says so, and its fallback
             runs instead of one that is for something else.
         probe: measure the bandwidth at expert size first, for two seconds or as many as are given, and hold it against
-            the profile's.
+            the profile's. Not for a GPU.
 
     Raises:
         ExpertFlowError: one of its kinds, saying what is wrong and the way out.
     """
     machine.return_freed_memory()
     machine.limit_matmul_caches()
-    chosen = choose(source, model, overrides=overrides, dtype=dtype, strict=strict, probe=probe)
-    checkpoint, facts = chosen.checkpoint, chosen.facts
+    chosen = choose(source, model, overrides=overrides, dtype=dtype, device=device, strict=strict, probe=probe)
+    checkpoint, facts, place = chosen.checkpoint, chosen.facts, chosen.device
     torch.set_num_threads(chosen.profile.compute.threads)
-    profile, clamped = resolve(chosen.profile, facts)
-    loaded = load_offloaded(checkpoint, dtype=dtype)
+    profile, changed = _for_device(chosen.profile, place)
+    profile, clamped = resolve(profile, facts, place)
+    loaded = load_offloaded(checkpoint, dtype=dtype, device=place)
     passes = PassTracker()
     passes.attach(loaded.model)
+    if place.type == "cuda":
+        passes.listeners.append(in_turn(place))
     needed: list[Load] | None = [] if record_loads else None
-    pools, sources, predictor_notes = _build_pools(loaded, profile, facts, passes, needed)
+    pools, sources, pool_notes = _build_pools(loaded, profile, facts, passes, needed, place)
     runners, kernels = _install(loaded, sources, profile, passes)
     for runner, served_from in zip(runners, sources, strict=True):
         runner.reroute = served_from.substitution
-    notes = [*chosen.notes, *clamped, *predictor_notes, *_lossy_notes(profile)]
+    notes = [*chosen.notes, *changed, *clamped, *pool_notes, *_lossy_notes(profile)]
     engine = Engine(
         loaded.model, profile, checkpoint, runners, kernels, passes, pools, notes, needed, **_for_traces(loaded)
     )
@@ -97,13 +109,16 @@ def load_reference(
     *,
     overrides: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
 ) -> Engine:
-    """The whole model in memory, through the same kernels and threads: what `load` must equal to the bit."""
+    """The whole model in the memory of the device, through the same kernels and threads: what `load` must equal to the
+    bit."""
     machine.limit_matmul_caches()  # costs the same time in both
-    chosen = choose(source, model, overrides=overrides, dtype=dtype)
-    profile, checkpoint = chosen.profile, chosen.checkpoint
-    torch.set_num_threads(profile.compute.threads)
-    loaded = load_resident(checkpoint, dtype=dtype)
+    chosen = choose(source, model, overrides=overrides, dtype=dtype, device=device)
+    checkpoint, place = chosen.checkpoint, chosen.device
+    torch.set_num_threads(chosen.profile.compute.threads)
+    profile, _ = _for_device(chosen.profile, place)
+    loaded = load_resident(checkpoint, dtype=dtype, device=place)
     passes = PassTracker()
     passes.attach(loaded.model)
     sources = [
@@ -134,6 +149,18 @@ def route_predictor(engine: Engine, artifact: Path, params: Mapping[str, Any] | 
     return found
 
 
+def _for_device(profile: Profile, device: torch.device) -> tuple[Profile, list[str]]:
+    """The profile with kernels that run on `device`, and notes on what was changed."""
+    if not is_gpu(device) or profile.compute.decode != "gemv":
+        return profile, []
+    note = f"decode kernel gemv is for the CPU: {_GPU_DECODE} on {device}"
+    return profile.with_overrides({"compute.decode": _GPU_DECODE}), [note]
+
+
+# One product of cuBLAS per matrix, which reads it once.
+_GPU_DECODE = "eager"
+
+
 def _install(
     loaded: LoadedModel, sources: Sequence[ExpertSource], profile: Profile, passes: PassTracker
 ) -> tuple[list[LayerRunner], dict[Phase, type[Kernel]]]:
@@ -149,7 +176,12 @@ def _install(
 
 
 def _build_pools(
-    loaded: LoadedModel, profile: Profile, facts: ModelFacts, passes: PassTracker, needed: list[Load] | None
+    loaded: LoadedModel,
+    profile: Profile,
+    facts: ModelFacts,
+    passes: PassTracker,
+    needed: list[Load] | None,
+    device: torch.device,
 ) -> tuple[list[Pool], list[OffloadedSource], list[str]]:
     """One pool per expert shape, its slots in proportion to its experts; the source of every layer; notes."""
     pools: list[Pool] = []
@@ -162,7 +194,10 @@ def _build_pools(
     for layers in members:
         share = sum(loaded.layers[i].num_experts for i in layers) / facts.num_experts_total
         predictor, inputs, note = _build_predictor(loaded, layers, profile)
-        pool = _build_pool(loaded, layers, max(1, int(total * share)), predictor, profile, facts, needed)
+        store = ExpertStore.open(loaded.model, loaded.files, [loaded.layers[i] for i in layers])
+        tier = _tier(store, max(1, int(total * share)), profile, device)
+        pool = _build_pool(tier, len(layers), predictor, profile, facts, needed)
+        note += tier.notes
         passes.listeners.append(pool.coordinator.begin)
         substitutions = _substitutions(loaded, layers, pool, profile, passes)
         for turn, (index, router_input, substitution) in enumerate(zip(layers, inputs, substitutions, strict=True)):
@@ -172,22 +207,49 @@ def _build_pools(
     return pools, [sources[index] for index in range(len(loaded.layers))], notes
 
 
+class _Tier(NamedTuple):
+    """Where the experts of a pool rest, the slots that they come into, and what brings them there."""
+
+    places: ExpertPlaces
+    slots: Slots
+    transfer: Transfer
+    notes: list[str]
+
+
+def _tier(store: ExpertStore, num_slots: int, profile: Profile, device: torch.device) -> _Tier:
+    """From disk to host memory for the CPU; from host memory, into which all experts are read now, for a GPU.
+
+    Raises:
+        BudgetError: the host has no room for them, or the device for the slots.
+    """
+    io_threads = profile.transfer.io_threads
+    if not is_gpu(device):
+        arena = SlotArena(num_slots, store.slot_bytes)
+        return _Tier(store, arena, DiskTransfer(store, arena, io_threads=io_threads), [])
+    limit = profile.tiers.host_bytes if profile.tiers is not None else None
+    slab = HostSlab(store, io_threads=io_threads, limit_bytes=limit)
+    slots = DeviceSlots(num_slots, slab.slot_bytes, device)
+    transfer = CudaTransfer(CudaStreams(slab, slots, profile.transfer.streams), num_slots, store.describe)
+    note = (
+        f"{machine.format_bytes(slab.total_bytes)} of pinned host memory hold all experts, "
+        f"{num_slots} slots on {device} {machine.format_bytes(num_slots * slots.slot_bytes)}"
+    )
+    return _Tier(slab, slots, transfer, [note])
+
+
 def _build_pool(
-    loaded: LoadedModel,
-    layers: list[int],
-    num_slots: int,
+    tier: _Tier,
+    num_layers: int,
     predictor: Predictor,
     profile: Profile,
     facts: ModelFacts,
     needed: list[Load] | None,
 ) -> Pool:
-    store = ExpertStore.open(loaded.model, loaded.files, [loaded.layers[i] for i in layers])
-    arena = SlotArena(num_slots, store.slot_bytes)
-    transfer = DiskTransfer(store, arena, io_threads=profile.transfer.io_threads)
-    residency = Residency(len(layers), store.num_experts, num_slots, facts.top_k, profile.cache.policy)
+    num_experts, num_slots = tier.places.num_experts, tier.slots.num_slots
+    residency = Residency(num_layers, num_experts, num_slots, facts.top_k, profile.cache.policy)
     coordinator = Coordinator(
         residency,
-        transfer,
+        tier.transfer,
         predictor,
         governor=_governor(predictor, profile),
         prefetch_count=profile.prefetch.count,
@@ -195,7 +257,7 @@ def _build_pool(
         refreshes=profile.numerics in LOSSY,
         needed_loads=needed,
     )
-    return Pool(store, arena, coordinator)
+    return Pool(tier.places, tier.slots, coordinator)
 
 
 def _governor(predictor: Predictor, profile: Profile) -> Governor:

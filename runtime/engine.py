@@ -55,7 +55,8 @@ class Engine:
         match: how the profile that was named, or found, fits this model and machine; None: none was.
         passes: follows the model's forward passes.
         latency: times them.
-        pressure: says when memory is short; then fewer slots are used until it is free again. None: nobody looks.
+        pressure: says when memory is short; then fewer slots are used until it is free again. None: nobody looks, as
+            where the slots are a GPU's.
         needed_loads: loads that the run needed, in order, where `record_loads` was asked for.
     """
 
@@ -84,8 +85,9 @@ class Engine:
         self._stop_trace: Callable[[], None] = lambda: None
         self._num_passes = self._num_tokens = 0
         passes.on_failure.append(self._recover)
-        self.pressure: PressureWatch | None = PressureWatch() if pools else None
         self._slots = SlotBudget(pools)
+        # What the host is short of, a GPU's slots cannot give back.
+        self.pressure: PressureWatch | None = PressureWatch() if self._slots.is_on_host else None
         self.on_pass(self._count)
         passes.listeners.insert(0, self._follow_pressure)  # before the pools use their slots
         self.latency = LatencyWatch()
@@ -150,7 +152,7 @@ class Engine:
 
         Raises:
             BudgetError: not even one slot for each pool fits beside the rest of the process.
-            UsageError: as for `shrink`.
+            UsageError: as for `shrink`, or the slots are a GPU's.
         """
         with self._between_passes():
             if limit_bytes is not None:

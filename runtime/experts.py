@@ -74,7 +74,10 @@ _Activate = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Kernel(ABC):
-    """Computes one call of an experts module, expert by expert as they arrive."""
+    """Computes one call of an experts module, expert by expert as they arrive.
+
+    `choice` is `index` [T, K] on the host: on a GPU nothing here waits for the device to tell it again.
+    """
 
     def __init__(
         self,
@@ -83,9 +86,10 @@ class Kernel(ABC):
         index: torch.Tensor,
         weights: torch.Tensor,
         experts: Sequence[int],
+        choice: npt.NDArray[np.int64],
     ) -> None:
         self.module, self.hidden, self.index, self.weights = module, hidden, index, weights
-        self.experts = experts
+        self.experts, self._choice = experts, choice
 
     @abstractmethod
     def add(self, arrivals: Sequence[Arrival]) -> None:
@@ -125,23 +129,54 @@ class EagerKernel(Kernel):
         index: torch.Tensor,
         weights: torch.Tensor,
         experts: Sequence[int],
+        choice: npt.NDArray[np.int64],
     ) -> None:
-        super().__init__(module, hidden, index, weights, experts)
+        super().__init__(module, hidden, index, weights, experts, choice)
         self._numerics = _EAGER_NUMERICS.get(type(module).__name__, _Numerics())
         self._final = torch.zeros_like(hidden, dtype=self._numerics.accumulate(hidden, weights))
         self._order = iter(sorted(experts))
         self._next = next(self._order, None)
-        self._waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._waiting: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
 
     def add(self, arrivals: Sequence[Arrival]) -> None:
         for expert, weights in arrivals:
-            rank, token = torch.nonzero(torch.eq(self.index.T, expert), as_tuple=True)
-            rows = self._feed_forward(self._cast(self.hidden[token]), weights, self._linear, self._activate)
-            rows = rows * self._cast(self.weights[token, rank, None])
+            token, hidden, share = self._chosen_by(expert)
+            rows = self._feed_forward(self._cast(hidden), weights, self._linear, self._activate)
+            rows = rows * self._cast(share)
             self._waiting[expert] = (token, rows.to(self._final.dtype))
         while self._next in self._waiting:
-            self._final.index_add_(0, *self._waiting.pop(self._next))
+            token, rows = self._waiting.pop(self._next)
+            if token is None:
+                self._final += rows
+            else:
+                self._final.index_add_(0, token, rows)
             self._next = next(self._order, None)
+
+    def _chosen_by(self, expert: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """The tokens [n] that chose an expert, by the rank that they gave it, their hidden states [n, H] and weights
+        [n, 1]. A single token is None: it needs no gathering, each step of which is a kernel of its own on a GPU."""
+        if self._shares is not None:
+            return None, self.hidden, self._shares[expert]
+        experts, tokens, ranks = self._by_expert
+        rows = slice(*np.searchsorted(experts, [expert, expert + 1]))
+        token = tokens[rows]
+        return token, self.hidden[token], self.weights[token, ranks[rows], None]
+
+    @cached_property
+    def _shares(self) -> dict[int, torch.Tensor] | None:
+        """The weight [1, 1] of each expert of a single token; None for several, or where it chose one twice."""
+        chosen = self._choice[0].tolist() if len(self._choice) == 1 else []
+        if not chosen or len(set(chosen)) < len(chosen):
+            return None
+        return dict(zip(chosen, self.weights.split(1, dim=1), strict=True))
+
+    @cached_property
+    def _by_expert(self) -> tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor]:
+        """The experts of all rows, ascending and by rank; the tokens and ranks of these rows."""
+        flat = self._choice.T.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        ranks, tokens = np.divmod(order, len(self._choice))
+        return flat[order], *_upload(np.stack([tokens, ranks]), self.hidden.device)
 
     def result(self) -> torch.Tensor:
         assert self._next is None, f"expert {self._next} was never added"
@@ -173,9 +208,10 @@ class RowKernel(Kernel):
         index: torch.Tensor,
         weights: torch.Tensor,
         experts: Sequence[int],
+        choice: npt.NDArray[np.int64],
     ) -> None:
-        super().__init__(module, hidden, index, weights, experts)
-        self._flat = index.reshape(-1).cpu().numpy()
+        super().__init__(module, hidden, index, weights, experts, choice)
+        self._flat = choice.reshape(-1)
         self._rows: torch.Tensor | None = None
 
     @property
@@ -191,10 +227,10 @@ class RowKernel(Kernel):
         is_unshared = torch.get_num_threads() == 1 or self._flat.size * num_columns < _GRAIN
         return self._has_default_gate and is_unshared
 
-    def _put(self, positions: npt.NDArray[np.int64], computed: torch.Tensor) -> None:
+    def _put(self, positions: torch.Tensor, computed: torch.Tensor) -> None:
         if self._rows is None:
             self._rows = computed.new_zeros(self._flat.size, computed.shape[-1])
-        self._rows[torch.from_numpy(positions).to(self.hidden.device)] = computed
+        self._rows[positions] = computed
 
     def result(self) -> torch.Tensor:
         if self._rows is None:
@@ -216,18 +252,27 @@ class GroupedKernel(RowKernel):
     def _sorted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The experts of all rows, ascending, and the rows, as transformers' sort leaves them.
 
-        That sort is not stable, and MKL and torch's loops round a row by its place among those of the call.
+        That sort is not stable, and MKL and torch's loops round a row by its place among those of the call. On a GPU a
+        row does not depend on its place, and asking for theirs would make the host wait.
         """
+        if self.index.device.type != "cpu":
+            order = np.argsort(self._flat, kind="stable")
+            return self._flat[order], order
         experts, rows = torch.sort(self.index.reshape(-1))
-        return experts.cpu().numpy(), rows.cpu().numpy()
+        return experts.numpy(), rows.numpy()
+
+    @cached_property
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows in that order, and the token of each."""
+        rows = self._sorted[1]
+        return _upload(np.stack([rows, rows // self.index.shape[-1]]), self.hidden.device)
 
     def add(self, arrivals: Sequence[Arrival]) -> None:
-        experts, rows = self._sorted
+        positions, tokens = self._places
         for expert, weights in arrivals:
-            positions = rows[slice(*np.searchsorted(experts, [expert, expert + 1]))]
-            tokens = torch.from_numpy(positions // self.index.shape[-1]).to(self.hidden.device)
+            own = slice(*np.searchsorted(self._sorted[0], [expert, expert + 1]))
             activate = partial(self._activate_among, expert)
-            self._put(positions, self._feed_forward(self.hidden[tokens], weights, self._linear, activate))
+            self._put(positions[own], self._feed_forward(self.hidden[tokens[own]], weights, self._linear, activate))
 
     def _activate_among(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Activate the rows of `expert` as transformers' call does, where they stand among those of all experts."""
@@ -261,9 +306,17 @@ class GroupedKernel(RowKernel):
         return torch.cat(out)
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        end = torch.tensor([x.shape[0]], dtype=torch.int32, device=x.device)
+        end = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
         rows = None if bias is None else bias.expand(x.shape[0], -1)
         return _grouped_linear(x, weight.unsqueeze(0), end, bias=rows, is_transposed=self.module.is_transposed)
+
+
+def _upload(pair: npt.NDArray[np.int64], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two rows of `pair` on the device; the host does not wait for the copy."""
+    there = torch.from_numpy(pair)
+    if device.type != "cpu":
+        there = there.pin_memory().to(device, non_blocking=True)
+    return there[0], there[1]
 
 
 class GemvKernel(RowKernel):
@@ -335,7 +388,7 @@ class LayerRunner:
         for observer in self.observers:
             observer(choice, weights)
         experts, tokens = _distinct(choice, self.module.num_experts)
-        kernel = self.kernel()(self.module, hidden, index, weights, experts)
+        kernel = self.kernel()(self.module, hidden, index, weights, experts, choice)
         if experts:
             # Closed at once when computing fails: whoever keeps the error would keep the leases with it.
             with closing(self.source.serve(experts, tokens, choice)) as groups:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from runtime import machine
+from runtime.devices import CPU, free_bytes
 from runtime.model import LoadedModel, meta_model
 from runtime.profile import ModelIdentity, Profile
 from runtime.transfer.store import ExpertLayer
@@ -88,15 +89,19 @@ def pool_layers(layers: Sequence[ExpertLayer]) -> list[list[int]]:
     return list(members.values())
 
 
-def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
+def resolve(profile: Profile, facts: ModelFacts, device: torch.device = CPU) -> tuple[Profile, list[str]]:
     """The profile with its number of slots settled against the memory that is free now, and notes on what was changed.
 
     Raises:
         BudgetError: not even one slot fits.
     """
     wanted = wanted_slots(profile.cache.slots, facts.num_experts_total)
-    limit, why = machine.resident_bytes() + machine.available_memory_bytes(), "what is free now"
-    most = profile.max_memory_bytes
+    if device.type == "cpu":
+        buffer_bytes = machine.resident_bytes() + BUFFER_BYTES
+        limit = machine.resident_bytes() + machine.available_memory_bytes()
+    else:
+        buffer_bytes, limit = CUDA_BUFFER_BYTES, free_bytes(device)
+    why, most = "what is free now", profile.max_memory_bytes
     if most is not None and most <= limit:
         limit, why = most, "limits.max_memory_bytes"
     fit = machine.slots_that_fit(
@@ -104,7 +109,7 @@ def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
         dense_bytes=facts.dense_bytes,
         slot_bytes=facts.slot_bytes,
         kv_bytes=_kv_bytes(profile, facts),
-        buffer_bytes=machine.resident_bytes() + BUFFER_BYTES,
+        buffer_bytes=buffer_bytes,
     )
     wanted = min(wanted, facts.num_experts_total)
     slots = min(wanted, fit)
@@ -118,6 +123,8 @@ def resolve(profile: Profile, facts: ModelFacts) -> tuple[Profile, list[str]]:
 # Activations, the tokenizer, prepared matrix products (`machine.limit_matmul_caches`), and what loading takes for a
 # moment beside the weights (measured, results/LOG.md).
 BUFFER_BYTES = 164 << 20
+# Of a GPU: activations and the libraries' workspaces. What CUDA itself takes is not in the memory that is free.
+CUDA_BUFFER_BYTES = 512 << 20
 RESIDENT_FACTOR = 1.3  # of a model's bytes, to load and run it whole
 DEFAULT_CONTEXT = 4096  # tokens of KV cache that are allowed for where the profile does not say
 

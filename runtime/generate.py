@@ -43,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of prompts that do not say")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument(
+        "--device", metavar="NAME", help="that computes: cpu, cuda:0; default: as the profile was tuned"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile key")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the routing as a trace (.npz)")
     parser.add_argument(
@@ -98,7 +101,9 @@ def _run(options: argparse.Namespace) -> int:
     requests = _requests(options, prompts) if prompts else []
     with (
         _served_metrics(options) as registry,
-        load(source, model, overrides=overrides, strict=options.strict, probe=options.probe) as engine,
+        load(
+            source, model, overrides=overrides, device=options.device, strict=options.strict, probe=options.probe
+        ) as engine,
         StopRequest().listening("the running pass ends", (signal.SIGINT, signal.SIGTERM)) as stop,
     ):
         told = _tell(engine.notes)
@@ -210,6 +215,7 @@ def _generate_one(engine: Engine, options: argparse.Namespace, stop: StopRequest
     from transformers import TextStreamer
 
     inputs: Any = engine.tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = inputs.to(engine.model.device)
     num_prompt_tokens = inputs["input_ids"].shape[1]
     if num_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give at least one token of text")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from runtime.errors import ArtifactError, ProfileError
+from runtime.devices import device_facts, find_device, is_gpu
+from runtime.errors import ArtifactError, ProfileError, UsageError
 from runtime.facts import ModelFacts, facts_of
 from runtime.machine import format_bytes
 from runtime.model import LoadedModel, checkpoint_files, meta_model
@@ -24,7 +25,6 @@ from runtime.profile import (
     checkpoint_of,
     find_profile,
     load_profile,
-    machine_facts,
     match_profile,
 )
 from runtime.profile.lookup import SUFFIXES, Judged, candidates, judge, missing_artifact
@@ -39,6 +39,7 @@ class Chosen:
 
     Attributes:
         profile: its overrides applied, its artefact's path absolute or from the working folder.
+        device: that computes.
         match: how the profile that was named, or found, fits; None: none was.
         notes: what its user should know.
     """
@@ -46,6 +47,7 @@ class Chosen:
     profile: Profile
     checkpoint: str
     facts: ModelFacts
+    device: torch.device
     match: MatchResult | None
     notes: tuple[str, ...]
 
@@ -68,6 +70,7 @@ def choose(
     *,
     overrides: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
     strict: bool = False,
     probe: bool | float = False,
 ) -> Chosen:
@@ -78,15 +81,21 @@ def choose(
     """
     named = _named(source)
     checkpoint = _checkpoint(source, model, named)
+    place = find_device(device, Profile.default() if named is None else named.profile)
+    if probe and is_gpu(place):
+        raise UsageError(
+            f"the bandwidth to {place} cannot be probed while loading; measure it with "
+            f"python -m harness.probe --gpu {place.index}"
+        )
     loaded = meta_model(checkpoint, dtype=dtype)
-    facts, here = facts_of(loaded), machine_facts()
+    facts, here = facts_of(loaded), device_facts(place)
     if probe:
         io_threads = (Profile.default() if named is None else named.profile).transfer.io_threads
         here = _probed(here, loaded, checkpoint, io_threads, PROBE_S if probe is True else float(probe))
     settled = _found(facts, here, checkpoint) if named is None else _settled(named, facts, here, checkpoint, strict)
     profile = _beside(settled.named).with_overrides(overrides or {})
     _check_artifact(profile)
-    return Chosen(profile, checkpoint, facts, settled.match, tuple(settled.notes))
+    return Chosen(profile, checkpoint, facts, place, settled.match, tuple(settled.notes))
 
 
 class _Settled(NamedTuple):

@@ -163,12 +163,13 @@ def _modeling_module(config: PreTrainedConfig) -> ModuleType | None:
         return None
 
 
-def load_offloaded(model: str, *, dtype: torch.dtype | str = "auto") -> LoadedModel:
-    """Load everything but the experts on the CPU.
+def load_offloaded(model: str, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> LoadedModel:
+    """Load everything but the experts.
 
     Args:
         model: checkpoint folder or hub id, hub or fused layout, sharded or not.
         dtype: as in `from_pretrained`; "auto" takes the checkpoint's.
+        device: where it computes.
 
     Raises:
         CheckpointError, UnsupportedModelError.
@@ -177,18 +178,19 @@ def load_offloaded(model: str, *, dtype: torch.dtype | str = "auto") -> LoadedMo
     files = checkpoint_files(model)
     found: list[tuple[Any, ExpertLayer]] = []
     stripped = _stripped_class(model_class(config), found)
-    loaded = stripped.from_pretrained(model, config=config, dtype=dtype).eval()
-    copy_out([*loaded.parameters(), *loaded.buffers()], files)
+    loaded = stripped.from_pretrained(model, config=config, dtype=dtype).eval().to(device)
+    # On a GPU they are a copy already.
+    copy_out([tensor for tensor in (*loaded.parameters(), *loaded.buffers()) if tensor.device.type == "cpu"], files)
     # Put back for the store, which finds tied experts under the name that the checkpoint has them by.
     loaded.all_tied_weights_keys |= loaded._tied_experts
     return LoadedModel(loaded, tuple(m for m, _ in found), tuple(layer for _, layer in found), files)
 
 
-def load_resident(model: str, *, dtype: torch.dtype | str = "auto") -> LoadedModel:
-    """Load the whole model on the CPU: the reference for `load_offloaded`. Same errors."""
+def load_resident(model: str, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> LoadedModel:
+    """Load the whole model: the reference for `load_offloaded`. Same errors."""
     config = read_config(model)
     files = checkpoint_files(model)
-    loaded = model_class(config).from_pretrained(model, config=config, dtype=dtype).eval()
+    loaded = model_class(config).from_pretrained(model, config=config, dtype=dtype).eval().to(device)
     found = _experts_modules(loaded)
     return LoadedModel(loaded, tuple(m for m, _ in found), tuple(layer for _, layer in found), files)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,44 @@ from runtime.vocabulary import Load, LoadReason, Pass
 if TYPE_CHECKING:
     from runtime.cache.coordinator import Coordinator
     from runtime.substitute import Substitution
-    from runtime.transfer.slots import SlotArena
-    from runtime.transfer.store import ExpertStore
+    from runtime.transfer.slots import TensorPlace
+
+
+class ExpertPlaces(Protocol):
+    """Where experts rest, as far as a pool asks: `ExpertStore` (files), `HostSlab` (memory)."""
+
+    @property
+    def num_experts(self) -> int:
+        """Of a layer."""
+
+    def tensors(self, expert: int) -> tuple[TensorPlace, ...]:
+        """Where the tensors of an expert lie in its slot."""
+
+
+class Slots(Protocol):
+    """What experts come into: `SlotArena` (host), `DeviceSlots` (GPU)."""
+
+    num_slots: int
+    slot_bytes: int
+
+    @property
+    def is_on_host(self) -> bool:
+        """They take the host's memory, and can give it back."""
+
+    def view(self, slot: int, place: TensorPlace) -> torch.Tensor:
+        """The tensor at `place` of `slot`, no copy."""
+
+    def move(self, source: int, target: int) -> None:
+        """Copy all bytes of slot `source` to slot `target`; nothing is under way to either."""
+
+    def release_tail(self, num_slots: int) -> int:
+        """Give the memory of all slots from `num_slots` on back; the bytes that the system has now, 0: none."""
 
 
 class Pool:
     """Slots, the store behind them and the coordinator that fills them, for layers of one expert shape."""
 
-    def __init__(self, store: ExpertStore, arena: SlotArena, coordinator: Coordinator) -> None:
+    def __init__(self, store: ExpertPlaces, arena: Slots, coordinator: Coordinator) -> None:
         self.store, self.arena, self.coordinator = store, arena, coordinator
         self._views: dict[int, tuple[int, Weights]] = {}
 
@@ -89,6 +119,7 @@ class Pool:
             outstanding.append(load.expert)
         for expert in outstanding:
             transfer.wait_any([expert])
+        transfer.drain()  # of a GPU: ready is not arrived
 
     def restore(self) -> None:
         """Bring every resident expert into its slot again."""

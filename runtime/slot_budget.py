@@ -11,13 +11,14 @@ from runtime.pool import Pool
 from runtime.pressure import RESERVE_BYTES, PressureWatch
 
 MOST_NOTES = 20  # of shrinks
+_RESERVED = "but the device keeps their bytes reserved"
 
 
 class SlotBudget:
     """The slots of `pools`, changed between passes only: the caller sees to that.
 
     Attributes:
-        notes: one line for each time that memory was short.
+        notes: one line for each time that memory was short, or that slots of a GPU went out of use.
     """
 
     def __init__(self, pools: Sequence[Pool]) -> None:
@@ -28,6 +29,11 @@ class SlotBudget:
         self.notes: tuple[str, ...] = ()
         for pool in pools:  # compiled now: when memory is short is no time for a compiler
             pool.coordinator.residency.plan_shrink(pool.num_slots)
+
+    @property
+    def is_on_host(self) -> bool:
+        """There are slots, and they take the host's memory."""
+        return bool(self._pools) and all(pool.arena.is_on_host for pool in self._pools)
 
     @property
     def num_slots(self) -> int:
@@ -46,7 +52,11 @@ class SlotBudget:
             BudgetError: less than one slot for each pool. UsageError: there are no pools.
         """
         self._limit(num_slots)
-        return self._use(min(pair) for pair in self._now_and(num_slots))
+        before = self.num_slots
+        given_bytes = self._use(min(pair) for pair in self._now_and(num_slots))
+        if self.num_slots < before and not self.is_on_host:
+            self._note(f"{self.num_slots} expert slots are used instead of {before}, {_RESERVED}")
+        return given_bytes
 
     def grow(self, num_slots: int | None) -> None:
         """Use up to `num_slots`, at most those that were loaded with; None: all of these. Raises: see `shrink`."""
@@ -58,8 +68,14 @@ class SlotBudget:
 
         Raises:
             BudgetError: not even one slot for each pool fits beside the rest of the process.
+            UsageError: the slots are not in its memory, or there are none.
         """
         self._check_pools()
+        if not self.is_on_host:
+            raise UsageError(
+                "expert slots of a GPU do not count to the memory of the process: a limit of that cannot be kept with "
+                "them; set limits.max_memory_bytes in the profile, which is of the GPU's memory, and load it again"
+            )
         resident_bytes = machine.resident_bytes()
         rest_bytes = resident_bytes - sum(pool.charged_bytes for pool in self._pools)
         least_bytes = rest_bytes + sum(pool.arena.slot_bytes for pool in self._pools) + RESERVE_BYTES
@@ -85,11 +101,11 @@ class SlotBudget:
         if num_bytes <= 0:
             return
         num_slots = max(0, before - -(-num_bytes // self._slot_bytes))
-        given_bytes = self._use(min(pair) for pair in self._now_and(num_slots))
+        self._use(min(pair) for pair in self._now_and(num_slots))
         if self.num_slots < before:
             self._note(
                 f"memory is short by {machine.format_bytes(num_bytes)}: {self.num_slots} expert slots are used instead "
-                f"of {before}{'' if given_bytes else ', but the device keeps their bytes reserved'}"
+                f"of {before}"
             )
 
     def _note(self, note: str) -> None:

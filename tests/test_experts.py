@@ -1,5 +1,5 @@
-"""The grouped kernel against transformers' own: threads that share an activation in the middle of a row, and a sort
-that does not keep the order of an expert's rows."""
+"""Kernels against transformers' own; the grouped one where threads share an activation in the middle of a row, and
+behind a sort that does not keep the order of an expert's rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from runtime.experts import Arrival, GroupedKernel
+from runtime.experts import Arrival, EagerKernel, GroupedKernel
 
 HIDDEN, TOP_K, EXPERTS = 32, 2, 3
 
@@ -34,7 +34,7 @@ def _check(module: Any, num_tokens: int) -> None:
     hidden = torch.randn(num_tokens, HIDDEN, generator=generator)
     index = torch.rand(num_tokens, EXPERTS, generator=generator).topk(TOP_K).indices
     weights = torch.rand(num_tokens, TOP_K, generator=generator)
-    kernel = GroupedKernel(module, hidden, index, weights, range(EXPERTS))
+    kernel = GroupedKernel(module, hidden, index, weights, range(EXPERTS), index.numpy())
     for expert in reversed(range(EXPERTS)):
         mine = {name: parameter[expert] for name, parameter in module.named_parameters()}
         kernel.add([Arrival(expert, mine)])
@@ -57,3 +57,23 @@ def test_every_row_equals_that_of_one_call(two_threads: None, num_tokens: int, n
 def test_rows_stand_where_the_sort_leaves_them(num_tokens: int) -> None:
     config = GptOssConfig(hidden_size=HIDDEN, intermediate_size=36, num_local_experts=EXPERTS)
     _check(GptOssExperts(config), num_tokens)
+
+
+# Ranks in any order, an expert that several tokens or one token twice chose, one that nobody did, float32 weights.
+@pytest.mark.parametrize("index", [[[2, 0]], [[1, 1]], [[0, 2], [2, 0], [2, 1]], [[1, 1], [0, 1]]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_the_eager_kernel_adds_up_as_the_class_does(index: list[list[int]], dtype: torch.dtype) -> None:
+    config = Qwen3MoeConfig(hidden_size=HIDDEN, moe_intermediate_size=24, num_experts=EXPERTS)
+    module, generator = Qwen3MoeExperts(config).to(dtype), torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.normal_(0.0, 0.2, generator=generator)
+    chosen = torch.tensor(index)
+    hidden = torch.randn(len(index), HIDDEN, generator=generator).to(dtype)
+    weights = torch.rand(len(index), TOP_K, generator=generator)
+    experts = sorted(set(chosen.reshape(-1).tolist()))
+    kernel = EagerKernel(module, hidden, chosen, weights, experts, chosen.numpy())
+    for expert in reversed(experts):
+        kernel.add([Arrival(expert, {name: parameter[expert] for name, parameter in module.named_parameters()})])
+    config._experts_implementation = "eager"
+    assert torch.equal(kernel.result(), module(hidden, chosen, weights))

@@ -184,3 +184,12 @@ def test_the_bandwidth_is_measured_first_where_it_is_asked_for(
     capsys.readouterr()
     assert main([*arguments, "--strict", "--probe"]) == 2
     assert "is stale here" in capsys.readouterr().err
+
+
+def test_the_device_can_be_named(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(checkpoint), "--prompt", "the cat", "--max-new-tokens", "2"]
+    (there,) = _json_lines(capsys, *arguments, "--device", "cpu")
+    (default,) = _json_lines(capsys, *arguments)
+    assert there["token_ids"] == default["token_ids"]
+    assert main([*arguments, "--device", "gpu"]) == 2
+    assert capsys.readouterr().err == "error: device 'gpu' is not one that this runs on; name cpu, cuda or cuda:N\n"

@@ -150,7 +150,7 @@ class _Steps:
     def _step(self, kernel: type[Kernel], hidden: Any, index: torch.Tensor, weights: torch.Tensor) -> float:
         arrivals = list(self._arrivals())
         start = time.perf_counter()
-        one = kernel(self._module, hidden, index, weights, range(self._top_k))
+        one = kernel(self._module, hidden, index, weights, range(self._top_k), index.numpy())
         one.add(arrivals)
         one.result()
         return (time.perf_counter() - start) / self._top_k

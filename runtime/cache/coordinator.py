@@ -4,6 +4,7 @@ arrive."""
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -214,6 +215,7 @@ class Coordinator:
     def settle(self) -> None:
         """Forget every load that has not arrived, failed ones among them: nothing is under way any more."""
         self.transfer.drain()
+        self._drop_failed()
         for expert in self._loading():
             if self.transfer.is_ready(expert):
                 self.residency.complete([expert])
@@ -227,8 +229,17 @@ class Coordinator:
         """
         self.residency.void_leases()
         self.transfer.drain()
+        with suppress(TransferError):  # the pass is lost already: no other one need hear of it
+            self.transfer.submit(())
+        self._drop_failed()
         for expert in self._loading():
             self._drop(expert)
+
+    def _drop_failed(self) -> None:
+        """Forget every load that failed, also after it was said to be ready."""
+        for expert in self.residency.resident():
+            if self.transfer.has_failed(expert):
+                self._drop(expert)
 
     def _loading(self) -> list[int]:
         return [expert for expert in self.residency.resident() if self.residency.is_loading(expert)]

@@ -44,6 +44,10 @@ class Transfer(ABC):
 
         If an earlier load is queued for one of the slots it is cancelled; if one is under way, the new load starts
         after it has ended. Loads of one call for the same slot, or an expert that is already queued, are caller's bugs.
+
+        Raises:
+            TransferError: a load of which `wait_any` or `is_ready` said that it is ready failed for all that, and what
+                was computed with it may be wrong; said once, and `loads` are not queued. See `has_failed`.
         """
 
     @abstractmethod
@@ -56,7 +60,8 @@ class Transfer(ABC):
 
     @abstractmethod
     def is_ready(self, expert: int) -> bool:
-        """True when the last load of `expert` has ended well (and for ever after, until it is submitted again)."""
+        """True when the last load of `expert` has ended well (and for ever after, until it is submitted again), or when
+        the device will wait for it, see `submit`."""
 
     @abstractmethod
     def has_failed(self, expert: int) -> bool:
@@ -72,8 +77,9 @@ class Transfer(ABC):
         """Block until at least one of `experts` is ready; return all of them that are, in the order given.
 
         Raises:
-            TransferError: the load of one of `experts` failed, or nothing moves any more: then what is under way is
-                given up. They can be submitted again, into slots that are not `is_filling`.
+            TransferError: the load of one of `experts` failed, or one that was said to be ready; or nothing moves any
+                more: then what is under way is given up. They can be submitted again, into slots that are not
+                `is_filling`.
         """
 
     @abstractmethod

@@ -120,6 +120,13 @@ class LoadQueue:
                     return load, self._take_from(load)
         return None
 
+    def take_rest(self, load: QueuedLoad) -> range:
+        """Take every piece of a load that waits, whether it is its turn or not; their numbers in it."""
+        first = load.num_taken
+        while load.num_taken < load.num_pieces:
+            self._take_from(load)
+        return range(first, load.num_taken)
+
     def finish(self, load: QueuedLoad, error: str = "") -> bool:
         """Note that a piece was read, or why it could not be; True when the load has ended with it."""
         load.num_done += 1

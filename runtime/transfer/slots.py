@@ -23,13 +23,15 @@ class TensorPlace(NamedTuple):
 
 
 class SlotArena:
-    """`num_slots` slots of `slot_bytes` bytes each: one private, page-aligned, zero-filled anonymous mapping.
+    """`num_slots` slots of `slot_bytes` bytes each: one private, page-aligned, zero-filled anonymous mapping, `memory`.
 
     Memory is charged when a slot is first written. The mapping lives as long as the arena, a buffer or a view of it.
 
     Raises:
         BudgetError: fewer than one slot, or the system refuses the mapping.
     """
+
+    is_on_host = True
 
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         if num_slots < 1:
@@ -48,7 +50,7 @@ class SlotArena:
             # O_DIRECT pins every page that it reads into: huge ones make that four times cheaper (results/LOG.md).
             with contextlib.suppress(OSError):  # a kernel built without them
                 self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        self._memory = memoryview(self._mapping)
+        self.memory = memoryview(self._mapping)
         self._whole: dict[torch.dtype, torch.Tensor] = {}
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 
@@ -59,7 +61,7 @@ class SlotArena:
     def buffer(self, slot: int) -> memoryview:
         """The bytes of `slot`, writable, no copy."""
         start = self._start(slot)
-        return self._memory[start : start + self.slot_bytes]
+        return self.memory[start : start + self.slot_bytes]
 
     def view(self, slot: int, place: TensorPlace) -> torch.Tensor:
         """The tensor at `place` of `slot`, no copy: it changes when the slot is loaded anew. Keeps the memory alive."""

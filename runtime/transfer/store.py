@@ -68,6 +68,11 @@ class ExpertStore:
         """Layers of the store."""
         return len(self.prefixes)
 
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Every expert that there is, ascending; layers may have fewer than `num_experts`."""
+        return tuple(self._recipes)
+
     def tensors(self, expert: int) -> tuple[TensorPlace, ...]:
         """Places of the expert's tensors in its slot, in the order of the layer's parameters; they vary by expert."""
         return self._places[expert]

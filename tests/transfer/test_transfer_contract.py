@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from expert_files import GatedReads, plain_store
+from fake_streams import FakeStreams
 
 from runtime.transfer.base import Transfer, TransferStats
+from runtime.transfer.cuda import CudaTransfer
 from runtime.transfer.disk import DiskTransfer
 from runtime.transfer.simulated import SimulatedTransfer
 from runtime.transfer.slots import SlotArena
@@ -105,10 +107,39 @@ class DiskLink(Link):
         threading.Thread(target=release, daemon=True).start()
 
 
-@pytest.fixture(params=["simulated", "direct", "buffered"])
+class CudaLink(Link):
+    def __init__(self) -> None:
+        self.streams = FakeStreams(NUM_EXPERTS, NUM_SLOTS, 8192)
+        self.transfer = CudaTransfer(self.streams, NUM_SLOTS, piece_bytes=8192, window_bytes=1)
+        self._num_ended = 0
+
+    def submit(self, *loads: Load) -> None:
+        self.transfer.submit(loads)
+
+    def finish_one(self) -> None:
+        self.streams.run()
+        self._num_ended += 1
+        self.transfer.submit([])
+
+    def finish(self) -> list[int]:
+        first, seen = self._num_ended, -1
+        while len(self.streams.copied) > seen:
+            seen = len(self.streams.copied)
+            self.streams.run()
+            self.transfer.submit([])
+        return self.streams.copied[first:]
+
+    def release_when_cancelled(self, number: int) -> None:
+        """The device runs while the host waits for it."""
+
+
+@pytest.fixture(params=["simulated", "cuda", "direct", "buffered"])
 def link(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
     if request.param == "simulated":
         yield SimulatedLink()
+        return
+    if request.param == "cuda":
+        yield CudaLink()
         return
     link = DiskLink(tmp_path, None if request.param == "direct" else False)
     yield link

@@ -1,0 +1,89 @@
+"""Which device computes: named by the user or the profile, and what it offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from runtime.errors import DeviceError
+from runtime.profile import MachineFacts, Profile, machine_facts
+from runtime.vocabulary import Pass
+
+CPU = torch.device("cpu")
+
+
+def find_device(wanted: str | torch.device | None, profile: Profile) -> torch.device:
+    """The device of that name ("cpu", "cuda", "cuda:1"), else a GPU if the profile was tuned on one and there is one,
+    else the CPU. Whether the profile fits it is for `match_profile` to say.
+
+    Raises:
+        DeviceError: what was named is not there, or nothing of that name computes here.
+    """
+    if wanted is not None:
+        return _named(str(wanted))
+    tuned_on = profile.match.device if profile.match is not None else None
+    if tuned_on is None or not tuned_on.startswith("cuda") or not _num_gpus():
+        return CPU
+    alike = [index for index in range(torch.cuda.device_count()) if _name(index) == tuned_on]
+    return torch.device("cuda", alike[0] if alike else 0)
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether its memory is not the host's."""
+    return device.type != "cpu"
+
+
+def device_facts(device: torch.device) -> MachineFacts:
+    """This machine with that device, as profiles match it; the bandwidth is not measured here."""
+    if not is_gpu(device):
+        return machine_facts()
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    return replace(machine_facts(), device=_name(device), memory_total_bytes=total_bytes)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that is free now; what torch keeps for later use counts as free."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def in_turn(device: torch.device) -> Callable[[Pass], None]:
+    """Called as each pass begins: a GPU then finishes the one before first, should that be another thread's on a stream
+    of its own. Expert slots are shared, and loads are ordered against one compute stream at a time."""
+    last = torch.cuda.current_stream(device)
+
+    def begin(passing: Pass) -> None:
+        nonlocal last
+        current = torch.cuda.current_stream(device)
+        if current != last:
+            current.wait_stream(last)
+            last = current
+
+    return begin
+
+
+def _named(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cpu":
+        return CPU
+    if device.type != "cuda":
+        raise DeviceError(f"device {name!r} is not one that this runs on; name cpu, cuda or cuda:N")
+    count = _num_gpus()
+    if not count:
+        raise DeviceError(f"device {name!r}: this torch ({torch.__version__}) sees no GPU; compute on the CPU instead")
+    if (device.index or 0) >= count:
+        raise DeviceError(f"device {name!r}: torch sees {count} GPUs, numbered from 0")
+    return torch.device("cuda", device.index or 0)
+
+
+def _num_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _name(device: torch.device | int) -> str:
+    return f"cuda:{torch.cuda.get_device_name(device)}"

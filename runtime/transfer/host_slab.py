@@ -1,0 +1,101 @@
+"""All experts of a store in host memory: what a GPU's copies read from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from runtime import machine
+from runtime.errors import BudgetError
+from runtime.transfer.disk import DiskTransfer
+from runtime.transfer.layout import PAGE_BYTES, align
+from runtime.transfer.slots import SlotArena, TensorPlace
+from runtime.transfer.store import ExpertStore
+from runtime.vocabulary import Load, LoadReason
+
+# cuBLAS chooses its kernels by the alignment of its operands, and tensors of torch's own start on this many bytes: the
+# same kernels, the same bits as of a resident model.
+ALIGNMENT_BYTES = 256
+_STAGING_SLOTS = 4
+
+
+class HostSlab:
+    """One mapping that holds every expert, each laid out alike, read from its files when this is made.
+
+    Attributes:
+        num_experts: of a layer, as the store counts them.
+        num_bytes: of one expert, the gaps between its tensors included. slot_bytes: the same in whole pages.
+        arena: the mapping.
+
+    Args:
+        io_threads: that read. limit_bytes: of memory that it may take; None: what is free.
+
+    Raises:
+        BudgetError: more than that. TransferError: an expert cannot be read.
+    """
+
+    def __init__(self, store: ExpertStore, *, io_threads: int = 2, limit_bytes: int | None = None) -> None:
+        self.num_experts = store.num_experts
+        self._rows = {expert: row for row, expert in enumerate(store.experts)}
+        self._places, self.num_bytes = _lay_out(store.tensors(store.experts[0]))
+        self.slot_bytes = align(self.num_bytes, PAGE_BYTES)
+        needed_bytes, free_bytes = len(self._rows) * self.slot_bytes, machine.available_memory_bytes()
+        if limit_bytes is not None and limit_bytes < free_bytes:
+            free_bytes, why = limit_bytes, "are allowed (tiers.host_bytes); raise it"
+        else:
+            why = "are free; free some"
+        if needed_bytes > free_bytes:
+            raise BudgetError(
+                f"the experts need {machine.format_bytes(needed_bytes)} of pinned host memory and "
+                f"{machine.format_bytes(free_bytes)} {why}, or compute on the CPU, which leaves them on disk"
+            )
+        self.arena = SlotArena(len(self._rows), self.slot_bytes)
+        self._fill(store, io_threads)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the mapping."""
+        return self.arena.num_slots * self.slot_bytes
+
+    def start(self, expert: int) -> int:
+        """The byte of the mapping at which an expert starts."""
+        return self._rows[expert] * self.slot_bytes
+
+    def tensors(self, expert: int) -> tuple[TensorPlace, ...]:
+        """Places of an expert's tensors in its slot, in the order of the layer's parameters: the same for all."""
+        return self._places
+
+    def _fill(self, store: ExpertStore, io_threads: int) -> None:
+        staging = SlotArena(min(_STAGING_SLOTS, len(self._rows)), store.slot_bytes)
+        reader = DiskTransfer(store, staging, io_threads)
+        slots: dict[int, int] = {}
+        try:
+            for number, expert in enumerate(store.experts):
+                if number >= staging.num_slots:
+                    slots[expert] = self._take_in(store, staging, reader, slots)
+                else:
+                    slots[expert] = number
+                reader.submit([Load(expert, slots[expert], LoadReason.DEMAND)])
+            while slots:
+                self._take_in(store, staging, reader, slots)
+        finally:
+            reader.close()
+
+    def _take_in(self, store: ExpertStore, staging: SlotArena, reader: DiskTransfer, slots: dict[int, int]) -> int:
+        """Move one expert that has been read to its place; the slot that it leaves."""
+        expert = reader.wait_any(slots)[0]
+        slot = slots.pop(expert)
+        for source, target in zip(store.tensors(expert), self._places, strict=True):
+            self.arena.view(self._rows[expert], target).copy_(staging.view(slot, source))
+        return slot
+
+
+def _lay_out(tensors: Sequence[TensorPlace]) -> tuple[tuple[TensorPlace, ...], int]:
+    """The same tensors one after the other, aligned; and the bytes up to the end of the last."""
+    places, end = list[TensorPlace](), 0
+    for tensor in tensors:
+        start = align(end, ALIGNMENT_BYTES)
+        places.append(tensor._replace(slot_offset=start))
+        end = start + torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+    return tuple(places), end

@@ -1,0 +1,157 @@
+"""The way of a GPU through the engine, experts in host memory and slots elsewhere, on streams that this machine can
+run: a copy happens when the computation asks for it, and not before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from late_streams import LateStreams
+from tiny import EXPERTS, LAYERS, TOP_K, save_tiny
+
+import runtime
+from runtime import build, devices, loading
+from runtime.errors import DeviceError, ProfileError, TransferError, UsageError
+from runtime.model import load_offloaded, load_resident
+from runtime.profile import Match, Profile, machine_facts
+from runtime.transfer.host_slab import ALIGNMENT_BYTES, HostSlab
+from runtime.transfer.store import ExpertStore
+
+PROMPT = "the quick brown fox jumps"
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "CudaStreams", LateStreams)
+    monkeypatch.setattr(build, "is_gpu", lambda device: True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def _tokens(engine: runtime.Engine) -> list[int]:
+    ids = engine.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    found: list[int] = engine.model.generate(ids, **GREEDY)[0].tolist()  # type: ignore[operator]
+    return found
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("decode", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("slots", [1, TOP_K, "25%", LAYERS * EXPERTS])
+def test_the_same_tokens_at_every_budget(checkpoint: Path, slots: int | str, decode: str) -> None:
+    overrides = {"cache.slots": slots, "compute.decode": decode}
+    with runtime.load_reference(checkpoint, overrides=overrides) as reference:
+        expected = _tokens(reference)
+    with runtime.load(checkpoint, overrides=overrides) as engine:
+        assert _tokens(engine) == expected
+        engine.check_integrity()
+        assert engine.stats().num_loads > 0
+        assert engine.replay_loads([]) >= 0.0
+        assert any("pinned host memory" in note for note in engine.notes)
+
+
+@pytest.mark.usefixtures("late")
+def test_the_kernel_of_the_cpu_is_replaced_and_said(checkpoint: Path) -> None:
+    with runtime.load(checkpoint) as engine:
+        assert engine.profile.compute.decode == "eager"
+        assert any("gemv is for the CPU" in note for note in engine.notes)
+
+
+def test_tensors_of_a_slab_start_where_a_gpu_wants_them(checkpoint: Path) -> None:
+    loaded = load_offloaded(str(checkpoint), dtype=torch.float32)  # has to be converted
+    store = ExpertStore.open(loaded.model, loaded.files, loaded.layers)
+    slab = HostSlab(store)
+    resident = dict(load_resident(str(checkpoint), dtype=torch.float32).model.named_parameters())
+    for expert in store.experts:
+        layer, index = divmod(expert, store.num_experts)
+        for place in slab.tensors(expert):
+            assert place.slot_offset % ALIGNMENT_BYTES == 0
+            view = slab.arena.view(slab.start(expert) // slab.slot_bytes, place)
+            assert torch.equal(view, resident[f"{store.prefixes[layer]}.{place.name}"][index])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_gpu_that_is_not_there_is_one_line(checkpoint: Path, device: str) -> None:
+    with pytest.raises(DeviceError, match=rf"device '{device}': this torch \(.*\) sees no GPU"):
+        runtime.load(checkpoint, device=device)
+    tuned = Profile.default().model_copy(update={"match": Match(device="cuda:NVIDIA H200")})
+    for where in (None, "cpu"):
+        with pytest.raises(ProfileError, match="device: profile cuda:NVIDIA H200, here cpu"):
+            runtime.load(tuned, checkpoint, device=where, strict=True)
+        with runtime.load(tuned, checkpoint, device=where) as engine:
+            assert engine.model.device.type == "cpu"
+            assert any("the default configuration runs instead" in note for note in engine.notes)
+
+
+def test_a_profile_of_a_gpu_is_matched_with_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(loading, "find_device", lambda name, profile: gpu)
+    monkeypatch.setattr(devices, "_name", lambda device: "cuda:NVIDIA H200")
+    properties = SimpleNamespace(total_memory=140 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    match = {"match.device": "cuda:NVIDIA H200", "match.memory_total_bytes": 141 << 30}
+    tuned = Profile.default().with_overrides(match)
+    found = loading.choose(tuned, checkpoint)
+    assert found.device == gpu and found.match is not None and found.match.level == "compatible"
+    assert found.match.reasons == ("the profile does not say which model it is for",)
+    assert devices.device_facts(gpu).versions == machine_facts().versions
+    with pytest.raises(UsageError, match=r"cuda:1 cannot be probed .* harness.probe --gpu 1"):
+        loading.choose(tuned, checkpoint, probe=True)
+
+
+@pytest.mark.usefixtures("late")
+def test_fewer_slots_are_used_and_the_device_keeps_their_bytes(checkpoint: Path) -> None:
+    with runtime.load_reference(checkpoint) as reference:
+        expected = _tokens(reference)
+    with runtime.load(checkpoint, overrides={"cache.slots": 12, "prefetch.depth": 0}) as engine:
+        assert _tokens(engine) == expected
+        num_bytes = engine.stats().num_bytes
+        assert engine.shrink(5) == 0 and engine.num_slots == 5
+        assert engine.stats().num_bytes == num_bytes, "moved on the device, and not brought in again"
+        assert engine.notes[-1] == "5 expert slots are used instead of 12, but the device keeps their bytes reserved"
+        assert _tokens(engine) == expected
+        engine.grow()
+        assert engine.num_slots == 12 and _tokens(engine) == expected
+        engine.check_integrity()
+        assert engine.pressure is None, "the host's memory is not what these slots are in"
+        with pytest.raises(UsageError, match="expert slots of a GPU do not count"):
+            engine.set_memory_limit(8 << 30)
+        assert engine.pressure is None
+
+
+@pytest.mark.usefixtures("late")
+def test_a_copy_that_fails_after_it_was_waited_for_ends_the_pass(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with runtime.load_reference(checkpoint) as reference:
+        expected = _tokens(reference)
+    with runtime.load(checkpoint, overrides={"cache.slots": TOP_K}) as engine:
+        (pool,) = engine._pools
+        for _ in range(2):
+            assert _tokens(engine) == expected
+            with monkeypatch.context() as lost:
+                lost.setattr(LateStreams, "is_done", _lost)
+                with pytest.raises(TransferError, match="CUDA error: lost; what was computed with it may be wrong"):
+                    _tokens(engine)
+            engine.check_integrity()
+            residency, transfer = pool.coordinator.residency, pool.coordinator.transfer
+            assert not any(transfer.has_failed(expert) for expert in residency.resident())
+        assert _tokens(engine) == expected
+        assert engine.transfer_stats()[0].num_failed_loads > 0
+
+
+def _lost(streams: LateStreams, event: list[int]) -> bool:
+    raise RuntimeError("CUDA error: lost")
+
+
+@pytest.mark.parametrize("device", ["meta", "gpu", "mps"])
+def test_a_device_that_nothing_runs_on(checkpoint: Path, device: str) -> None:
+    with pytest.raises(DeviceError, match=rf"device '{device}' is not one that this runs on"):
+        runtime.load(checkpoint, device=device)
