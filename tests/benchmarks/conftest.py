@@ -14,11 +14,16 @@ class Rate(Protocol):
     """`rate("layer_events", 120_000, run)` measures `run`, which does that many of them, and returns what it returns.
 
     The rate is that of the median round; where benchmarks are disabled, `run` runs once. `setup`, where given, runs
-    unmeasured before each round and returns the arguments of `run`.
+    unmeasured before each round and returns the arguments of `run`. `warmup_rounds` come before all that is measured.
     """
 
     def __call__(
-        self, of: str, count: int, run: Callable[..., Any], setup: Callable[[], tuple[Any, ...]] | None = None
+        self,
+        of: str,
+        count: int,
+        run: Callable[..., Any],
+        setup: Callable[[], tuple[Any, ...]] | None = None,
+        warmup_rounds: int = 1,
     ) -> Any: ...
 
 
@@ -27,11 +32,15 @@ def rate(benchmark: Any, request: pytest.FixtureRequest, pytestconfig: pytest.Co
     """See `Rate`."""
 
     def measure(
-        of: str, count: int, run: Callable[..., Any], setup: Callable[[], tuple[Any, ...]] | None = None
+        of: str,
+        count: int,
+        run: Callable[..., Any],
+        setup: Callable[[], tuple[Any, ...]] | None = None,
+        warmup_rounds: int = 1,
     ) -> Any:
         benchmark.extra_info.update(of=of, count=count)
         prepare = None if setup is None else lambda: (setup(), {})
-        result = benchmark.pedantic(run, rounds=5, warmup_rounds=1, setup=prepare)
+        result = benchmark.pedantic(run, rounds=5, warmup_rounds=warmup_rounds, setup=prepare)
         if benchmark.stats is not None:
             per_s = count / benchmark.stats.stats.median
             benchmark.extra_info[f"{of}_per_s"] = per_s
