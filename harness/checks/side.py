@@ -140,8 +140,9 @@ class Side:
             self._kill()
 
         timer = threading.Timer(timeout_s, expire)
-        timer.start()
+        timer.daemon = True  # a signal may come before it can be cancelled: nobody waits for it then
         try:
+            timer.start()
             line = self._process.stdout.readline()
         finally:
             timer.cancel()
