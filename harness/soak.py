@@ -22,7 +22,7 @@ from runtime import machine
 from runtime.errors import UsageError, cli_main
 from runtime.facts import RESIDENT_FACTOR, describe
 from runtime.files import check_writable, write_named
-from runtime.profile import load_profile, parse_overrides
+from runtime.profile import checkpoint_of, load_profile, parse_overrides
 
 NUM_SAMPLES = 40
 LEAST_REQUESTS = 40
@@ -59,7 +59,7 @@ def _soak(options: argparse.Namespace) -> Soak:
         raise UsageError(f"--requests {options.requests}: fewer than {LEAST_REQUESTS} say nothing about growth")
     ranges = [_range(name, getattr(options, name)) for name in ("prompt_tokens", "output_tokens")]
     profile = None if options.profile is None else load_profile(options.profile)
-    known = None if profile is None or profile.provenance is None else profile.provenance.model
+    known = None if profile is None or options.model else checkpoint_of(profile)
     return Soak(
         model=str(options.model or known or bundled_model()),
         profile=None if options.profile is None else str(options.profile),

@@ -58,7 +58,7 @@ def _promise(soak: Soak, profile: Profile) -> dict[str, int]:
     """The limit of memory where the profile has none: what its slots, KV cache and everything else need."""
     if soak.max_memory_bytes is not None:
         return {"limits.max_memory_bytes": soak.max_memory_bytes}
-    if profile.limits is not None and profile.limits.max_memory_bytes is not None:
+    if profile.max_memory_bytes is not None:
         return {}
     facts, context = describe(soak.model), soak.prompt_tokens[1] + soak.output_tokens[1]
     kv_bytes = profile.cache.kv_bytes or machine.kv_cache_bytes(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from harness import soak as command
 from harness.measure.soak import MOST_BYTES_PER_REQUEST, Sample, Soak, SoakResult, Trend, rounds
+from runtime.profile import Profile, save_profile
 
 MB = 1_000_000
 
@@ -89,3 +91,12 @@ def test_a_thousand_requests(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and found["passed"], found["failures"]
     assert found["num_different"] == 0 and found["peak_bytes"] <= found["promise_bytes"]
     assert found["slots"] < 0.3 * 8 * 32
+
+
+def test_a_profile_names_its_checkpoint_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTFLOW_CACHE", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    save_profile(Profile.default().with_overrides({"provenance.model": "cache:mine"}), tmp_path / "p.yaml")
+    assert command._soak(command._parser().parse_args(["--profile", str(tmp_path / "p.yaml")])).model == str(
+        tmp_path / "mine"
+    )
