@@ -98,12 +98,12 @@ def _run(options: argparse.Namespace) -> None:
     from harness.demo.widen import widened
     from harness.measure.gpu_runs import GpuWorkload, Systems
     from harness.measure.provenance import provenance
-    from runtime.devices import find_device
+    from runtime.devices import find_device, is_gpu
     from runtime.facts import describe
     from runtime.profile import Profile
 
     device = find_device(options.device, Profile.default())
-    if device.type == "cpu":
+    if not is_gpu(device):
         raise UsageError(f"--device {options.device}: this compares systems on a GPU; name cuda or cuda:N")
     checkpoint = widened(parse_bytes(options.expert_bytes), hidden_size=options.hidden_size)
     facts = describe(checkpoint)

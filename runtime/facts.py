@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from runtime import machine
-from runtime.devices import CPU, free_bytes
+from runtime.devices import CPU, free_bytes, is_gpu
 from runtime.model import LoadedModel, meta_model
 from runtime.profile import ModelIdentity, Profile
 from runtime.transfer.store import ExpertLayer
@@ -96,11 +96,11 @@ def resolve(profile: Profile, facts: ModelFacts, device: torch.device = CPU) -> 
         BudgetError: not even one slot fits.
     """
     wanted = wanted_slots(profile.cache.slots, facts.num_experts_total)
-    if device.type == "cpu":
+    if is_gpu(device):
+        buffer_bytes, limit = CUDA_BUFFER_BYTES, free_bytes(device)
+    else:
         buffer_bytes = machine.resident_bytes() + BUFFER_BYTES
         limit = machine.resident_bytes() + machine.available_memory_bytes()
-    else:
-        buffer_bytes, limit = CUDA_BUFFER_BYTES, free_bytes(device)
     why, most = "what is free now", profile.max_memory_bytes
     if most is not None and most <= limit:
         limit, why = most, "limits.max_memory_bytes"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import subprocess
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from harness.checks.worktrees import Tree
+from harness.measure.line_process import HasEnded, LineProcess, NoAnswer
 from runtime.errors import ExpertFlowError
 
 _WORKER = Path(__file__).with_name("worker.py")
@@ -87,28 +86,20 @@ class Side:
         self.uncollected: dict[str, str] = {}
 
     def __enter__(self) -> Self:
-        with self._log.open("wb") as errors:
-            # A session of its own: Ctrl-C reaches only the parent, and whatever it has started ends with it.
-            self._process = subprocess.Popen(
-                [self._tree.python, "-P", str(_WORKER), json.dumps(self._spec)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                cwd=self._tree.path,
-                env=_environment(self._tree.path),
-                text=True,
-                start_new_session=True,
-            )
+        command = [self._tree.python, "-P", str(_WORKER), json.dumps(self._spec)]
+        self._process = LineProcess(
+            command, log=self._log, environment=_environment(self._tree.path), folder=self._tree.path
+        )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        self._process.end()
 
     def ready(self) -> None:
         """Wait until the process has found its benchmarks."""
-        told = self._receive(self._timeouts.start_s)
+        told = self._answer(lambda: self._process.receive(self._timeouts.start_s))
         self.collected, self.uncollected = tuple(told["collected"]), told["uncollected"]
 
     def begin(self, name: str) -> None:
@@ -125,54 +116,20 @@ class Side:
         return Ended(answer["ended"], answer["peak_bytes"])
 
     def _ask(self, command: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-        return self._receive(timeout_s)
+        return self._answer(lambda: self._process.ask(command, timeout_s))
 
-    def _receive(self, timeout_s: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        is_hung = threading.Event()
-
-        def expire() -> None:
-            is_hung.set()
-            self._kill()
-
-        timer = threading.Timer(timeout_s, expire)
-        timer.daemon = True  # a signal may come before it can be cancelled: nobody waits for it then
+    def _answer(self, receive: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        name = self._tree.name
         try:
-            timer.start()
-            line = self._process.stdout.readline()
-        finally:
-            timer.cancel()
-        if is_hung.is_set():
-            raise SideFailed(self._tree.name, "hang", f"no answer within {timeout_s:.0f} s")
-        if not line:
-            raise SideFailed(
-                self._tree.name, "crash", f"{_ending(self._process.wait())}; its last words: {self._last_words()}"
-            )
-        answer: dict[str, Any] = json.loads(line)
+            answer = receive()
+        except NoAnswer as error:
+            raise SideFailed(name, "hang", str(error)) from None
+        except HasEnded as error:
+            words = " / ".join(line.strip() for line in self._process.last_words(_TAIL_LINES) if line.strip())
+            raise SideFailed(name, "crash", f"{_ending(error.code)}; its last words: {words or 'none'}") from None
         if (failed := answer.get("failed")) is not None:
-            raise SideFailed(self._tree.name, failed["kind"], failed["reason"])
+            raise SideFailed(name, failed["kind"], failed["reason"])
         return answer
-
-    def _last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines()[-_TAIL_LINES:]
-        return " / ".join(line.strip() for line in lines if line.strip()) or "none"
-
-    def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    def _end(self) -> None:
-        if self._process.poll() is None:
-            self._kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
 
 
 def _ending(code: int) -> str:

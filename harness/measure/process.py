@@ -6,16 +6,15 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from harness.measure.cgroup import MemoryCgroup, memory_cgroup
+from harness.measure.line_process import HasEnded, LineProcess, NoAnswer
 from runtime.errors import ExpertFlowError
 
 Kind = Literal["engine", "reference", "resident", "accelerate_experts", "accelerate_layers", "batch", "batch_resident"]
@@ -53,7 +52,7 @@ class ContenderProcess:
     """A running contender. Made by `start`."""
 
     def __init__(self, spec: Spec, group: MemoryCgroup | None, log: Path) -> None:
-        self.spec, self.group, self._log = spec, group, log
+        self.spec, self.group = spec, group
         argument = json.dumps({**asdict(spec), "cgroup": None if group is None else str(group.path)})
         threads = str(spec.threads)
         environment = {
@@ -62,17 +61,8 @@ class ContenderProcess:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
-        # A session of its own, so that Ctrl-C reaches only the parent, which then ends its children in order.
-        with log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "harness.measure.contenders", argument],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                text=True,
-                start_new_session=True,
-            )
+        command = [sys.executable, "-m", "harness.measure.contenders", argument]
+        self._process = LineProcess(command, log=log, environment=environment)
         self.facts: dict[str, Any] = {}
 
     def ask(self, op: str, *, timeout_s: float, **arguments: Any) -> dict[str, Any]:
@@ -81,32 +71,19 @@ class ContenderProcess:
         Raises:
             ContenderFailed: the process died, reported an error, or took longer than `timeout_s` (and was ended).
         """
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
-            self._process.stdin.flush()
-        return self.receive(timeout_s)
+        return self._answer(lambda: self._process.ask({"op": op, **arguments}, timeout_s))
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
         """The next answer; see `ask`."""
-        assert self._process.stdout is not None
-        timed_out = threading.Event()
+        return self._answer(lambda: self._process.receive(timeout_s))
 
-        def expire() -> None:
-            timed_out.set()
-            self._process.kill()
-
-        timer = threading.Timer(timeout_s, expire)
-        timer.start()
+    def _answer(self, receive: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
-            line = self._process.stdout.readline()
-        finally:
-            timer.cancel()
-        if timed_out.is_set():
-            raise ContenderFailed(f"no answer within {timeout_s:.0f} s", out_of_memory=False)
-        if not line:
-            raise self._death()
-        answer: dict[str, Any] = json.loads(line)
+            answer = receive()
+        except NoAnswer as error:
+            raise ContenderFailed(str(error), out_of_memory=False) from None
+        except HasEnded as error:
+            raise self._death(error.code) from None
         if "error" in answer:
             raise ContenderFailed(answer["error"], out_of_memory=_is_out_of_memory(answer["error"]))
         return answer
@@ -119,29 +96,18 @@ class ContenderProcess:
     def close(self) -> None:
         """End the process, by asking or else by killing it. Idempotent."""
         with contextlib.suppress(ContenderFailed, ValueError, OSError):
-            if self._process.poll() is None:
+            if self._process.is_running:
                 self.ask("close", timeout_s=5.0)
-        self._end()
+        self._process.end()
 
     def kill(self) -> None:
         """End the process now."""
-        self._end()
+        self._process.end()
 
-    def _end(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
-
-    def _death(self) -> ContenderFailed:
-        code = self._process.wait()
+    def _death(self, code: int) -> ContenderFailed:
         if code == -signal.SIGKILL and self.group is not None and self.group.num_oom_kills:
             return ContenderFailed("killed by the kernel: out of memory", out_of_memory=True)
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        last = lines[-1] if lines else "nothing on stderr"
+        last = next(iter(self._process.last_words(1)), "nothing on stderr")
         return ContenderFailed(f"ended with code {code}: {last}", out_of_memory=_is_out_of_memory(last))
 
 

@@ -261,19 +261,7 @@ class CudaTransfer(Transfer):
         return load.state is LoadState.READY or load in self._awaited
 
     def _ready(self, experts: Collection[int]) -> list[int]:
-        ready, is_coming = [], False
-        for expert in experts:
-            load = self._queue.find(expert)
-            if load is None or load.state is LoadState.CANCELLED:
-                continue
-            if load.has_failed:
-                raise TransferError(self._what_failed(load))
-            if self._is_there(load):
-                ready.append(expert)
-            is_coming = True
-        if not is_coming:
-            raise ValueError(f"none of the experts {sorted(experts)} is being loaded: submit them first")
-        return ready
+        return self._queue.ready(experts, self._describe, self._awaited)
 
     def _await(self, load: QueuedLoad) -> int:
         """Make the compute stream wait for a load whose copies are all enqueued."""

@@ -200,19 +200,7 @@ class DiskTransfer(Transfer):
         self._crew.close()
 
     def _ready(self, experts: Collection[int]) -> list[int]:
-        ready, is_coming = [], False
-        for expert in experts:
-            load = self._crew.queue.find(expert)
-            if load is None or load.state is LoadState.CANCELLED:
-                continue
-            if load.has_failed:
-                raise TransferError(f"{self._describe(expert)}: {load.error}")
-            if load.state is LoadState.READY:
-                ready.append(expert)
-            is_coming = True
-        if not is_coming:
-            raise ValueError(f"none of the experts {sorted(experts)} is being loaded: submit them first")
-        return ready
+        return self._crew.queue.ready(experts, self._store.describe)
 
     def _describe(self, expert: int) -> str:
         return f"{self._store.describe(expert)} (number {expert})"

@@ -7,9 +7,10 @@ that a demand load overtakes, at the next piece, a prefetch that is half read.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from runtime.errors import TransferError
 from runtime.vocabulary import Load, LoadReason
 
 
@@ -88,6 +89,28 @@ class LoadQueue:
         """True while a load of `slot` may be writing into it."""
         load = self._by_slot.get(slot)
         return load is not None and (load.is_filling or (load.after is not None and load.after.is_filling))
+
+    def ready(
+        self, experts: Collection[int], describe: Callable[[int], str], also: Collection[QueuedLoad] = ()
+    ) -> list[int]:
+        """Those of `experts` that are ready, or whose load is one of `also`, in the order given.
+
+        Raises:
+            TransferError: the load of one of them failed. ValueError: none of them is being loaded.
+        """
+        found, is_coming = [], False
+        for expert in experts:
+            load = self.find(expert)
+            if load is None or load.state is LoadState.CANCELLED:
+                continue
+            if load.has_failed:
+                raise TransferError(f"{describe(expert)} (number {expert}): {load.error}")
+            if load.state is LoadState.READY or load in also:
+                found.append(expert)
+            is_coming = True
+        if not is_coming:
+            raise ValueError(f"none of the experts {sorted(experts)} is being loaded: submit them first")
+        return found
 
     @property
     def has_waiting(self) -> bool:
