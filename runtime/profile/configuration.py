@@ -7,7 +7,18 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from runtime.predictors.params import PREDICTOR_PARAMS, TRAINED, default_period
-from runtime.profile.fields import ByteCount, Count, OneOf, Params, Positive, Section, Slots, Threads, refuse_params
+from runtime.profile.fields import (
+    ByteCount,
+    Count,
+    OneOf,
+    Params,
+    Positive,
+    Section,
+    Share,
+    Slots,
+    Threads,
+    refuse_params,
+)
 
 # Names of what exists. An issue that adds a member of a family adds its name here.
 POLICIES = (
@@ -27,9 +38,9 @@ SCHEDULERS = ("fifo", "route_overlap", "deadline")
 PREFILL_KERNELS = ("eager", "grouped_mm")
 DECODE_KERNELS = ("eager", "grouped_mm", "gemv")
 EVERY_UNITS = ("step", "prompt")
-MISS_ACTIONS = ("copy",)
+MISS_ACTIONS = ("copy", "compute", "auto")
 LOSSY = ("lossy.substitute", "lossy.substitute_always")
-NUMERICS = ("exact", *LOSSY)
+NUMERICS = ("exact", "equivalent", *LOSSY)
 
 
 class Limits(Section):
@@ -149,6 +160,9 @@ class Compute(Section):
     """Kernel of passes with one token per sequence."""
     threads: Threads = 1
     """CPU threads that compute."""
+    host_share: Share | None = None
+    """Of the experts that a layer step misses, with miss auto: the share that the CPU computes from host memory, where
+    the model computes on a GPU. None: by rates that are measured on loading."""
 
 
 class Transfer(Section):
@@ -164,4 +178,6 @@ class Tiers(Section):
     """Where experts rest that are not in a slot."""
 
     host_bytes: ByteCount | None = None
-    """Host memory for experts of a model that computes on a GPU; the rest stays on disk."""
+    """Host memory for experts of a model that computes on a GPU; the rest stays on disk. None: what is allowed."""
+    host_policy: Annotated[str, OneOf("policy", POLICIES)] = "lru"
+    """Eviction policy of the host memory, where it does not hold all experts."""

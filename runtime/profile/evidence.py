@@ -122,6 +122,8 @@ class Evidence(Section):
     """Mean over tokens of KL(exact model || this profile), of the next token's distribution."""
     perplexity_ratio: Positive | None = None
     """Perplexity of the same text with this profile over that of the exact model."""
+    max_logit_error: Annotated[float, Field(ge=0)] | None = None
+    """Largest difference of a logit from the exact model's."""
     top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of tokens at which both find the same next token likeliest."""
 

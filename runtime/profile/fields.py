@@ -78,6 +78,7 @@ Threads = Annotated[int, Field(ge=1, le=1024)]
 ByteCount = Annotated[int, BeforeValidator(_read_bytes), Field(ge=1), WithJsonSchema(dict(_BYTES))]
 Slots = Annotated[int | str | None, BeforeValidator(check_slots), WithJsonSchema(dict(_SLOTS))]
 Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Params = dict[str, bool | int | float | str]
 
 

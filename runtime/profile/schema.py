@@ -8,9 +8,9 @@ import json
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from textwrap import shorten
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from runtime.errors import ProfileError
 from runtime.predictors.params import default_period
@@ -83,9 +83,11 @@ class Profile(Section):
     tiers: Tiers | None = None
     """Where experts rest."""
     miss: Annotated[str, OneOf("miss action", MISS_ACTIONS)] = "copy"
-    """What is done about an expert that is not there."""
+    """What is done about an expert that is not on the GPU: `copy` it there, `compute` it on the CPU where its weights
+    are, or `auto`, each where it is cheaper. On the CPU, where all are computed in place, they are loaded."""
     numerics: Annotated[str, OneOf("numerics", NUMERICS)] = "exact"
-    """How close the result is to that of the resident model. `lossy.substitute`: when decoding, a token whose expert is
+    """How close the result is to that of the resident model: `exact` to the bit; `equivalent`: the same sums rounded
+    otherwise, which `miss` compute and auto take. `lossy.substitute`: when decoding, a token whose expert is
     absent goes to the best resident one, and only forecasts bring experts in; `_always`: when prefilling too."""
     fixed: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_check_fixed)] = ()
     """Dotted keys that the user set; the tuner does not touch them."""
@@ -102,6 +104,12 @@ class Profile(Section):
     def default(cls) -> Profile:
         """The configuration that runs where nothing was tuned."""
         return cls(schema_version=SCHEMA_VERSION, kind=KIND)
+
+    @model_validator(mode="after")
+    def _computed_misses_are_not_exact(self) -> Self:
+        if self.miss != "copy" and self.numerics == "exact":
+            raise ValueError(f"miss {self.miss!r} rounds otherwise than the resident model: set numerics: equivalent")
+        return self
 
     @property
     def id(self) -> str:
