@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, fields
 from math import isqrt
 from typing import Any
 
+import torch
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 from transformers.generation.continuous_batching.scheduler import Scheduler as TransformersScheduler
 
 from runtime import machine
+from runtime.devices import current
 from runtime.engine import Engine
 from runtime.errors import BudgetError
 from runtime.facts import DEFAULT_CONTEXT
@@ -213,7 +215,11 @@ def _context(engine: Engine) -> int:
 def batch_processor(model: Any, sizes: Sizes, sample: bool, seed: int) -> Iterator[tuple[Any, Any]]:
     """transformers' batch processor, to be driven step by step, and the tokens that end a text.
 
-    The model keeps the attention that it was loaded with, in its paged form.
+    The model keeps the attention that it was loaded with, in its paged form. Everything runs on the caller's stream of
+    the model's device.
+
+    Raises:
+        BudgetError: the device has no room for the KV cache.
     """
     generation = deepcopy(model.generation_config)
     generation.do_sample = sample
@@ -230,6 +236,7 @@ def batch_processor(model: Any, sizes: Sizes, sample: bool, seed: int) -> Iterat
         "allow_block_sharing": False,
         "use_async_batching": False,
         "use_cuda_graph": False,
+        "max_memory_percent": 1.0,  # the cache has its size: nothing is to be left free beside it
         "seed": seed,
     }
     attention = model.config._attn_implementation
@@ -238,12 +245,18 @@ def batch_processor(model: Any, sizes: Sizes, sample: bool, seed: int) -> Iterat
     elif not attention.startswith("paged|"):
         model.set_attn_implementation(f"paged|{attention}")
     try:
-        manager = model.init_continuous_batching(generation, ContinuousBatchingConfig(**settings))
-        try:
-            manager.warmup()  # makes the processor; without graphs there is nothing to warm up
-        except MemoryError as error:
-            raise BudgetError(f"no memory for the KV cache: {error}") from error
-        yield manager.batch_processor, generation.eos_token_id
+        with current(model.device):  # whose memory transformers asks for
+            manager = model.init_continuous_batching(generation, ContinuousBatchingConfig(**settings))
+            try:
+                manager.warmup()  # makes the processor; without graphs there is nothing to warm up
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise BudgetError(
+                    f"no memory for a KV cache of {sizes.num_pages * PAGE_TOKENS} tokens ({str(error).partition('. ')[0]}); take "
+                    "fewer expert slots (cache.slots), or a smaller cache.kv_bytes"
+                ) from error
+            # Of its own it would make a stream, which does not wait for what it puts into the inputs on the caller's.
+            manager.batch_processor.inputs_and_outputs.compute_stream = None
+            yield manager.batch_processor, generation.eos_token_id
     finally:
         if model.config._attn_implementation != attention:
             model.set_attn_implementation(attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -47,6 +48,16 @@ def free_bytes(device: torch.device) -> int:
     """Memory of a GPU that is free now; what torch keeps for later use counts as free."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Most memory of a GPU that torch's tensors took at once in this process since `reset_peak`; None for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if is_gpu(device) else None
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, what names no GPU means this one."""
+    return torch.cuda.device(device) if is_gpu(device) else nullcontext()
 
 
 def in_turn(device: torch.device) -> Callable[[Pass], None]:

@@ -51,11 +51,19 @@ class UsageError(ExpertFlowError):
 
 
 def cli_main(run: Callable[[], int | None]) -> int:
-    """Exit code of a command: `run`'s own (None is 0), 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
+    """Exit code of a command: `run`'s own (None is 0), 2 for a user's mistake (one line on stderr), 130 for Ctrl-C.
+
+    A GPU whose memory runs out is one that the user can act on, too.
+    """
     try:
         return run() or 0
     except ExpertFlowError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not to be imported for it
+            raise
+        print(f"error: {one_line(str(error).partition('. ')[0])}; {_FEWER}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -69,4 +77,5 @@ def one_line(error: BaseException | str) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
 
 
+_FEWER = "take fewer expert slots (--set cache.slots=…), shorter prompts, or fewer of them at a time"
 _MOST_CHARACTERS = 2000

@@ -114,6 +114,8 @@ def _prove(engine: Engine) -> None:
         try:
             with _run(engine, Sizes(4, 16, 2), Fifo(2), None, sample=False, seed=0) as run:
                 run.serve(replays, None, None, None, lambda: False)
+        except torch.OutOfMemoryError:  # says nothing about the model
+            raise
         except _MODEL_ERRORS as error:
             raise _not_batched(engine, str(error)) from error
         finally:
