@@ -2,7 +2,7 @@
 
 import runtime
 engine = runtime.load("profiles/my-model.yaml")     # or a checkpoint folder, or a hub id
-engine.model.generate(**engine.tokenizer("Hello", return_tensors="pt"))
+engine.model.generate(**engine.tokenizer("Hello", return_tensors="pt").to(engine.model.device))
 print(engine.stats().summary())
 """
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
+import pynvml
 import torch
 
 from runtime.errors import DeviceError
@@ -31,6 +32,38 @@ def find_device(wanted: str | torch.device | None, profile: Profile) -> torch.de
     return torch.device("cuda", alike[0] if alike else 0)
 
 
+def numbered_gpu(number: int) -> torch.device:
+    """The GPU of that number in the driver's order, which nvidia-smi shows; torch has an order of its own, and sees only
+    what CUDA_VISIBLE_DEVICES leaves.
+
+    Raises:
+        DeviceError: there is none, or torch does not see it.
+    """
+    count = _num_gpus()
+    if not count:
+        raise DeviceError(f"--gpu {number}: {_no_gpu()}")
+    try:
+        with _nvml():
+            uuid = str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(number)))
+    except pynvml.NVMLError as error:
+        raise DeviceError(f"--gpu {number}: NVML says {error}; name it by torch's number (--device cuda:0)") from error
+    seen = [_uuid(index) for index in range(count)]
+    if uuid not in seen:
+        raise DeviceError(f"--gpu {number}: torch does not see the GPU {uuid}; check CUDA_VISIBLE_DEVICES")
+    return torch.device("cuda", seen.index(uuid))
+
+
+def gpu_number(device: torch.device) -> int | None:
+    """What `--gpu` calls a GPU; torch's number where the driver does not say. None for the CPU."""
+    if not is_gpu(device):
+        return None
+    try:
+        with _nvml():
+            return int(pynvml.nvmlDeviceGetIndex(pynvml.nvmlDeviceGetHandleByUUID(_uuid(device))))
+    except pynvml.NVMLError:
+        return device.index
+
+
 def is_gpu(device: torch.device) -> bool:
     """Whether its memory is not the host's."""
     return device.type != "cpu"
@@ -50,9 +83,10 @@ def free_bytes(device: torch.device) -> int:
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def peak_bytes(device: torch.device) -> int | None:
-    """Most memory of a GPU that torch's tensors took at once in this process since `reset_peak`; None for the CPU."""
-    return torch.cuda.max_memory_allocated(device) if is_gpu(device) else None
+def peak_bytes(device: torch.device) -> int:
+    """Most memory of a GPU that tensors of this process took at once, since its start or
+    `torch.cuda.reset_peak_memory_stats`; 0 for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if is_gpu(device) else 0
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -86,10 +120,28 @@ def _named(name: str) -> torch.device:
         raise DeviceError(f"device {name!r} is not one that this runs on; name cpu, cuda or cuda:N")
     count = _num_gpus()
     if not count:
-        raise DeviceError(f"device {name!r}: this torch ({torch.__version__}) sees no GPU; compute on the CPU instead")
+        raise DeviceError(f"device {name!r}: {_no_gpu()}")
     if (device.index or 0) >= count:
         raise DeviceError(f"device {name!r}: torch sees {count} GPUs, numbered from 0")
     return torch.device("cuda", device.index or 0)
+
+
+@contextmanager
+def _nvml() -> Iterator[None]:
+    pynvml.nvmlInit()
+    try:
+        yield
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _uuid(device: torch.device | int) -> str:
+    """As NVML writes it."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def _no_gpu() -> str:
+    return f"this torch ({torch.__version__}) sees no GPU; compute on the CPU instead"
 
 
 def _num_gpus() -> int:

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime import machine
+from runtime.devices import peak_bytes
 from runtime.errors import UsageError
 from runtime.experts import Kernel, LayerRunner, Reroute
 from runtime.latency import LatencyWatch
@@ -233,6 +234,7 @@ class Engine:
             peak_resident_bytes=machine.peak_resident_bytes(),
             latency=self.latency.stats(),
             slots=[_slots(pool) for pool in self._pools],
+            peak_gpu_bytes=peak_bytes(self.model.device),
         )
 
     def transfer_stats(self) -> list[TransferStats]:

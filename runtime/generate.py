@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.answers import answer, batch_summary
+from runtime.device_options import add_device_options, named_device
 from runtime.errors import UsageError, cli_main
 from runtime.files import check_writable
 from runtime.interrupt import StopRequest
@@ -43,9 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of prompts that do not say")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument(
-        "--device", metavar="NAME", help="that computes: cpu, cuda:0; default: as the profile was tuned"
-    )
+    add_device_options(parser)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile key")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the routing as a trace (.npz)")
     parser.add_argument(
@@ -95,15 +94,14 @@ def _run(options: argparse.Namespace) -> int:
         options.profile = find_profile(options.profile)
     source = options.profile or options.model
     model = options.model if options.profile else None
+    device = named_device(options)
     overrides = parse_overrides(options.set)
     if options.scheduler:
         overrides["scheduler.kind"] = options.scheduler
     requests = _requests(options, prompts) if prompts else []
     with (
         _served_metrics(options) as registry,
-        load(
-            source, model, overrides=overrides, device=options.device, strict=options.strict, probe=options.probe
-        ) as engine,
+        load(source, model, overrides=overrides, device=device, strict=options.strict, probe=options.probe) as engine,
         StopRequest().listening("the running pass ends", (signal.SIGINT, signal.SIGTERM)) as stop,
     ):
         told = _tell(engine.notes)

@@ -56,9 +56,13 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
 _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("slots", "Expert slots in use", lambda of: of.num_slots),
     ("slots_occupied", "Slots that hold an expert or wait for one", lambda of: of.num_slots_occupied),
-    ("resident_expert_bytes", "Bytes of the occupied slots", lambda of: of.expert_bytes),
+    ("resident_expert_bytes", "Bytes of the occupied slots, on the device that computes", lambda of: of.expert_bytes),
     ("peak_resident_bytes", "Highest resident memory of the process", lambda of: of.peak_resident_bytes),
 )
+_GPU_GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+    ("peak_gpu_bytes", "Most memory that tensors took of the GPU at once", lambda of: of.peak_gpu_bytes),
+)
+"""Where one computes."""
 
 
 class _PassHistograms:
@@ -107,7 +111,7 @@ class _Collector:
         yield lookups
         for name, what, of in _COUNTERS:
             yield CounterMetricFamily(f"expertflow_{name}", what, value=of(stats))
-        for name, what, of in _GAUGES:
+        for name, what, of in (*_GAUGES, *(_GPU_GAUGES if stats.peak_gpu_bytes else ())):
             yield GaugeMetricFamily(f"expertflow_{name}", what, value=of(stats))
         for name, what, seen in (
             ("time_to_first_token_seconds", "TTFT of each sequence", stats.latency.ttft),

@@ -158,7 +158,9 @@ class EngineStats:
         num_retries: reads that were tried again. num_failed_loads: loads that failed for all that.
         busy_s: time in which at least one load was under way (pools added up).
         stall_s: time that the compute thread waited for experts.
-        peak_resident_bytes: highest resident memory of the process, since its start or the last `machine.reset_peak`.
+        peak_resident_bytes: highest resident memory of the process, since its start or the last `machine.reset_peak`;
+            where a GPU computes, the experts that rest in host memory are in it.
+        peak_gpu_bytes: most that tensors took of the GPU at once, in this process; 0 where the CPU computes.
         latency: of passes and tokens.
         num_slots: slots in use now. num_slots_occupied: of these, with an expert or one that is on its way.
         expert_bytes: bytes of the slots that are occupied now.
@@ -177,6 +179,7 @@ class EngineStats:
     expert_bytes: int = 0
     num_retries: int = 0
     num_failed_loads: int = 0
+    peak_gpu_bytes: int = 0
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -221,13 +224,19 @@ class EngineStats:
             f"loads      {self.num_loads}, {self.num_loads_cancelled} cancelled, "
             f"{self.num_bytes / 1e9:.3f} GB{per_token}",
             f"stall      {self.stall_s:.2f} s waiting, {self.busy_s:.2f} s loading",
-            f"memory     {self.peak_resident_bytes / 1e9:.2f} GB at the peak",
+            f"memory     {', '.join(self._peaks())} at the peak",
         ]
         if cache.num_substituted:
             lines.insert(2, f"substituted {cache.num_substituted} choices of absent experts: results are not exact")
         if self.num_retries or self.num_failed_loads:
             lines.append(f"trouble    {self.num_retries} reads tried again, {self.num_failed_loads} loads failed")
         return "\n".join(lines)
+
+    def _peaks(self) -> list[str]:
+        if not self.peak_gpu_bytes:
+            return [f"{self.peak_resident_bytes / 1e9:.2f} GB"]
+        peaks = (self.peak_gpu_bytes, "GPU"), (self.peak_resident_bytes, "host")
+        return [f"{num_bytes / 1e9:.2f} GB of {whose} memory" for num_bytes, whose in peaks]
 
     def line(self) -> str:
         """One line for logs: what there is nothing to say of is left out."""
@@ -241,7 +250,7 @@ class EngineStats:
             f"{cache.num_prefetch_wasted} wasted",
             *(_told(name, of) for name, of in (("TTFT", latency.ttft), ("TPOT", latency.tpot)) if of.num),
             self.num_slots > 0 and f"slots {self.num_slots_occupied}/{self.num_slots}",
-            f"peak {self.peak_resident_bytes / 1e9:.2f} GB",
+            f"peak {', '.join(self._peaks())}",
             (self.num_retries > 0 or self.num_failed_loads > 0)
             and f"{self.num_retries} reads tried again, {self.num_failed_loads} loads failed",
         ]
@@ -281,6 +290,7 @@ def engine_stats(
     peak_resident_bytes: int,
     latency: LatencyStats = LatencyStats(),
     slots: Sequence[SlotStats] = (),
+    peak_gpu_bytes: int = 0,
 ) -> EngineStats:
     """The sum over pools.
 
@@ -305,4 +315,5 @@ def engine_stats(
         num_slots=sum(of.num_slots for of in slots),
         num_slots_occupied=sum(of.num_occupied for of in slots),
         expert_bytes=sum(of.num_occupied * of.slot_bytes for of in slots),
+        peak_gpu_bytes=peak_gpu_bytes,
     )

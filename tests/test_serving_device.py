@@ -87,9 +87,7 @@ def test_a_run_computes_on_the_stream_that_its_inputs_are_made_on(
     assert made and all(one.compute_stream is None for one in made)
 
 
-def test_the_profile_sizes_the_kv_cache_and_not_what_is_free(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_profile_sizes_the_kv_cache_and_not_what_is_free(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     monkeypatch.setattr(batching, "ContinuousBatchingConfig", _recording(told))
     keys = {"cache.slots": 8, "cache.kv_bytes": 24 * PAGE_TOKENS * 2 * 3 * 16 * 4}

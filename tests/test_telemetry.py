@@ -108,7 +108,7 @@ def test_sums_keep_counts_and_the_latest_state() -> None:
 
 def test_every_counter_is_summed() -> None:
     """A counter that is added later must not be left out of what never falls."""
-    states = {"peak_resident_bytes", "num_slots", "num_slots_occupied", "expert_bytes"}
+    states = {"peak_resident_bytes", "peak_gpu_bytes", "num_slots", "num_slots_occupied", "expert_bytes"}
     one = {name: 1 for name in EngineStats().__slots__ if name not in ("cache", "latency")}
     twice = EngineStats(**one) + EngineStats(**one)
     assert {name for name in one if getattr(twice, name) == 1} == states

@@ -115,7 +115,7 @@ def test_the_kv_cache_is_the_profiles_and_goes_back() -> None:
         assert torch.cuda.memory_allocated(DEVICE) <= before + (1 << 20)
         assert engine.stats().peak_gpu_bytes > engine.num_slots * engine._pools[0].arena.slot_bytes
         with pytest.raises(BudgetError, match="KV cache of"):
-            run_batch(engine, requests(2), max_kv_tokens=64, concurrency=2)
+            run_batch(engine, requests(2), max_kv_tokens=16, concurrency=2)
 
 
 def test_a_static_cache_is_not_compiled() -> None:
