@@ -33,8 +33,9 @@ def find_device(wanted: str | torch.device | None, profile: Profile) -> torch.de
 
 
 def numbered_gpu(number: int) -> torch.device:
-    """The GPU of that number in the driver's order, which nvidia-smi shows; torch has an order of its own, and sees only
-    what CUDA_VISIBLE_DEVICES leaves.
+    """The GPU of that number in the driver's order, as nvidia-smi shows it.
+
+    torch has an order of its own, and sees only what CUDA_VISIBLE_DEVICES leaves.
 
     Raises:
         DeviceError: there is none, or torch does not see it.

@@ -250,3 +250,14 @@ def test_the_command_serves_them_while_it_runs(
     arguments = ["--prompt", "a cat", "--max-new-tokens", "3", "--metrics-port", "0"]
     assert main(["--model", str(checkpoint), *arguments]) == 0
     assert [_samples(text)["passes_total", ""] for text in texts[1:]] == [1, 2, 3]
+
+
+def test_the_memory_of_a_gpu_is_a_gauge_where_one_computes(
+    engine: runtime.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = CollectorRegistry()
+    unregister = register(engine, registry)
+    assert registry.get_sample_value("expertflow_peak_gpu_bytes") is None
+    monkeypatch.setattr("runtime.engine.peak_bytes", lambda device: 123)
+    assert registry.get_sample_value("expertflow_peak_gpu_bytes") == 123
+    unregister()

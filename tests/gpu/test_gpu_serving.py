@@ -1,4 +1,4 @@
-"""Serving on a real GPU: batches, deadlines and texts equal to the resident model's on it, within the memory promised."""
+"""Serving on a real GPU: batches equal to the resident model's on it, with deadlines, within the memory promised."""
 
 from __future__ import annotations
 
@@ -142,4 +142,4 @@ def test_the_command_line_says_where_everything_is(named: list[str]) -> None:
     found = json.loads(done.stdout)
     assert len(found["token_ids"]) == 12 and found["peak_gpu_bytes"] > 0
     assert "pinned host memory hold all experts" in done.stderr and "on cuda:0" in done.stderr
-    assert " of GPU memory" in done.stderr
+    assert " GB of GPU memory, " in done.stderr
