@@ -252,8 +252,8 @@ def batch_processor(model: Any, sizes: Sizes, sample: bool, seed: int) -> Iterat
             except (MemoryError, torch.OutOfMemoryError) as error:
                 cache = f"a KV cache of {sizes.num_pages * PAGE_TOKENS} tokens"
                 raise BudgetError(
-                    f"no memory for {cache} ({str(error).partition('. ')[0]}); take fewer expert slots (cache.slots), or "
-                    "a smaller cache.kv_bytes"
+                    f"no memory for {cache} ({str(error).partition('. ')[0]}); take fewer expert slots (cache.slots), "
+                    "or a smaller cache.kv_bytes"
                 ) from error
             # Of its own it would make a stream, which does not wait for what it puts into the inputs on the caller's.
             manager.batch_processor.inputs_and_outputs.compute_stream = None

@@ -73,7 +73,7 @@ def load(
         strict: refuse a profile that is stale or for something else; else `Engine.notes` says so, and its fallback
             runs instead of one that is for something else.
         probe: measure the bandwidth at expert size first, for two seconds or as many as are given, and hold it against
-            the profile's. Not for a GPU.
+            the profile's: from the disk, or to a GPU from pinned host memory.
 
     Raises:
         ExpertFlowError: one of its kinds, saying what is wrong and the way out.

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from runtime.devices import device_facts, find_device, is_gpu
-from runtime.errors import ArtifactError, ProfileError, UsageError
+from runtime.devices import device_facts, find_device, gpu_number, is_gpu
+from runtime.errors import ArtifactError, ProfileError
 from runtime.facts import ModelFacts, facts_of
 from runtime.machine import format_bytes
-from runtime.model import LoadedModel, checkpoint_files, meta_model
-from runtime.probe import PROBE_S, engine_bandwidth
+from runtime.model import checkpoint_files, meta_model
+from runtime.probe import PROBE_S, engine_bandwidth, gpu_bandwidth
 from runtime.profile import (
     MachineFacts,
     MatchResult,
@@ -82,17 +82,19 @@ def choose(
     named = _named(source)
     checkpoint = _checkpoint(source, model, named)
     place = find_device(device, Profile.default() if named is None else named.profile)
-    if probe and is_gpu(place):
-        raise UsageError(
-            f"the bandwidth to {place} cannot be probed while loading; measure it with "
-            f"python -m harness.probe --gpu {place.index}"
-        )
     loaded = meta_model(checkpoint, dtype=dtype)
     facts, here = facts_of(loaded), device_facts(place)
     if probe:
-        io_threads = (Profile.default() if named is None else named.profile).transfer.io_threads
-        here = _probed(here, loaded, checkpoint, io_threads, PROBE_S if probe is True else float(probe))
-    settled = _found(facts, here, checkpoint) if named is None else _settled(named, facts, here, checkpoint, strict)
+        seconds = PROBE_S if probe is True else float(probe)
+        if is_gpu(place):
+            found = gpu_bandwidth(facts.expert_bytes, place, budget_s=seconds)
+        else:
+            io_threads = (Profile.default() if named is None else named.profile).transfer.io_threads
+            files = checkpoint_files(checkpoint)
+            found = engine_bandwidth(loaded, files, io_threads=io_threads, budget_s=seconds)
+        here = replace(here, bandwidth_at_expert_size_bytes_per_s=found)
+    again = _Again(checkpoint, gpu_number(place))
+    settled = _found(facts, here, checkpoint) if named is None else _settled(named, facts, here, again, strict)
     profile = _beside(settled.named).with_overrides(overrides or {})
     _check_artifact(profile)
     return Chosen(profile, checkpoint, facts, place, settled.match, tuple(settled.notes))
@@ -127,23 +129,18 @@ def _checkpoint(source: Source, model: str | Path | None, named: _Named | None) 
     return checkpoint
 
 
-def _probed(here: MachineFacts, loaded: LoadedModel, checkpoint: str, io_threads: int, seconds: float) -> MachineFacts:
-    found = engine_bandwidth(loaded, checkpoint_files(checkpoint), io_threads=io_threads, budget_s=seconds)
-    return replace(here, bandwidth_at_expert_size_bytes_per_s=found)
-
-
-def _settled(named: _Named, facts: ModelFacts, here: MachineFacts, checkpoint: str, strict: bool) -> _Settled:
+def _settled(named: _Named, facts: ModelFacts, here: MachineFacts, again: _Again, strict: bool) -> _Settled:
     """The profile that was named, or what stands in for it."""
     match = match_profile(named.profile, facts.identity, here, datetime.now(UTC))
     if strict and match.level in ("stale", "rejected"):
-        raise ProfileError(f"{_verdict(named, match)}; {_tune(named.profile, checkpoint)}")
+        raise ProfileError(f"{_verdict(named, match)}; {again.tune(named.profile)}")
     if match.level == "rejected":
         try:
             instead, notes = _fallback(named, facts, here)
         except ProfileError as error:
             raise ProfileError(f"{_verdict(named, match)}, and its fallback cannot run: {error}") from error
         what = "the default configuration" if instead.profile.is_default else instead.name
-        said = f"{_verdict(named, match)}: {what} runs instead; {_tune(named.profile, checkpoint)}"
+        said = f"{_verdict(named, match)}: {what} runs instead; {again.tune(named.profile)}"
         return _Settled(instead, match, [said, *notes])
     is_worth_telling = match.level != "exact" and named.profile.match is not None
     return _Settled(named, match, _reasons(match) if is_worth_telling else [])
@@ -204,10 +201,20 @@ def _verdict(named: _Named, match: MatchResult) -> str:
     return f"{named.name} {what} ({'; '.join(match.reasons)})"
 
 
-def _tune(profile: Profile, checkpoint: str) -> str:
-    most = profile.max_memory_bytes
-    words = ["python", "-m", "harness.tune", "--model", checkpoint]
-    return f"tune one: {shlex.join(words if most is None else [*words, '--max-memory', str(most)])}"
+class _Again(NamedTuple):
+    """What another profile would be tuned for; `gpu` is its number for `--gpu`, None: the CPU."""
+
+    checkpoint: str
+    gpu: int | None
+
+    def tune(self, profile: Profile) -> str:
+        """The way out, within the memory that `profile` was allowed."""
+        words = ["python", "-m", "harness.tune", "--model", self.checkpoint]
+        if self.gpu is not None:
+            words += ["--gpu", str(self.gpu)]
+        if profile.max_memory_bytes is not None:
+            words += ["--max-memory", str(profile.max_memory_bytes)]
+        return f"tune one: {shlex.join(words)}"
 
 
 def _reasons(match: MatchResult) -> list[str]:

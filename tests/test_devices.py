@@ -61,7 +61,9 @@ def test_a_gpu_has_the_number_that_the_driver_shows() -> None:
     with pytest.raises(DeviceError, match="--gpu 1: torch does not see the GPU GPU-dddd; check CUDA_VISIBLE_DEVICES"):
         devices.numbered_gpu(1)
     for absent in (4, -1):
-        with pytest.raises(DeviceError, match=rf"--gpu {absent}: NVML says Invalid Argument; name it by torch's number"):
+        with pytest.raises(
+            DeviceError, match=rf"--gpu {absent}: NVML says Invalid Argument; name it by torch's number"
+        ):
             devices.numbered_gpu(absent)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,9 @@ import runtime
 from runtime import build, devices, loading
 from runtime.errors import DeviceError, ProfileError, TransferError, UsageError
 from runtime.model import load_offloaded, load_resident
+from runtime.probe import gpu_bandwidth
 from runtime.profile import Match, Profile, machine_facts
+from runtime.transfer.cuda import Lane
 from runtime.transfer.host_slab import ALIGNMENT_BYTES, HostSlab
 from runtime.transfer.store import ExpertStore
 
@@ -94,6 +96,7 @@ def test_a_profile_of_a_gpu_is_matched_with_it(checkpoint: Path, monkeypatch: py
     gpu = torch.device("cuda", 1)
     monkeypatch.setattr(loading, "find_device", lambda name, profile: gpu)
     monkeypatch.setattr(devices, "_name", lambda device: "cuda:NVIDIA H200")
+    monkeypatch.setattr(loading, "gpu_number", lambda device: 3)
     properties = SimpleNamespace(total_memory=140 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     match = {"match.device": "cuda:NVIDIA H200", "match.memory_total_bytes": 141 << 30}
@@ -102,8 +105,20 @@ def test_a_profile_of_a_gpu_is_matched_with_it(checkpoint: Path, monkeypatch: py
     assert found.device == gpu and found.match is not None and found.match.level == "compatible"
     assert found.match.reasons == ("the profile does not say which model it is for",)
     assert devices.device_facts(gpu).versions == machine_facts().versions
-    with pytest.raises(UsageError, match=r"cuda:1 cannot be probed .* harness.probe --gpu 1"):
-        loading.choose(tuned, checkpoint, probe=True)
+    probed: list[tuple[int, torch.device, float]] = []
+
+    def probe(expert_bytes: int, device: torch.device, *, budget_s: float) -> float:
+        probed.append((expert_bytes, device, budget_s))
+        return 40e9
+
+    monkeypatch.setattr(loading, "gpu_bandwidth", probe)
+    faster = tuned.with_overrides({"match.bandwidth_at_expert_size_bytes_per_s": {"min": 50e9}})
+    found = loading.choose(faster, checkpoint, probe=0.5)
+    assert found.match is not None and found.match.level == "stale"
+    assert "bandwidth at expert size: profile at least 50.0 GB/s, here 40.0 GB/s" in found.match.reasons[-1]
+    assert probed == [(found.facts.expert_bytes, gpu, 0.5)]
+    with pytest.raises(ProfileError, match=r"is stale here .*; tune one: python -m harness.tune --model .* --gpu 3$"):
+        loading.choose(faster, checkpoint, probe=True, strict=True)
 
 
 @pytest.mark.usefixtures("late")
@@ -155,3 +170,33 @@ def _lost(streams: LateStreams, event: list[int]) -> bool:
 def test_a_device_that_nothing_runs_on(checkpoint: Path, device: str) -> None:
     with pytest.raises(DeviceError, match=rf"device '{device}' is not one that this runs on"):
         runtime.load(checkpoint, device=device)
+
+
+class TimedStreams(LateStreams):
+    """Copies take the time that a link of `BYTES_PER_S` would, once they are waited for."""
+
+    BYTES_PER_S = 10e9
+    copied: ClassVar[list[int]] = []
+    now_s: ClassVar[float] = 0.0
+
+    def copy(self, lane: Lane, expert: int, slot: int, start: int, num_bytes: int) -> None:
+        super().copy(lane, expert, slot, start, num_bytes)
+        TimedStreams.copied.append(num_bytes)
+
+    def wait(self, event: list[int], lane: Lane) -> None: ...
+
+    def synchronize(self, event: list[int]) -> None:
+        waiting = sum(one is not None for one in self._pending[: event[0]])
+        super().synchronize(event)
+        TimedStreams.now_s += waiting * self.num_bytes / self.BYTES_PER_S
+
+
+@pytest.mark.parametrize("expert_bytes", [100_000, 12 << 20, 200 << 20])
+def test_the_bandwidth_to_a_gpu_is_that_of_whole_experts(expert_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TimedStreams, "copied", [])
+    found = gpu_bandwidth(
+        expert_bytes, devices.CPU, budget_s=0.1, streams=TimedStreams, clock=lambda: TimedStreams.now_s
+    )
+    assert found == pytest.approx(TimedStreams.BYTES_PER_S)
+    assert set(TimedStreams.copied) == {expert_bytes}
+    assert len(TimedStreams.copied) >= 0.1 * TimedStreams.BYTES_PER_S / expert_bytes

@@ -25,6 +25,7 @@ from runtime.profile import (
 from runtime.profile.__main__ import json_schema, main
 from runtime.profile.lint import lint
 from runtime.profile.lookup import Judged, candidate, candidates, judge, places
+from runtime.profile.matching import machine_facts
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelIdentity(architecture="Demo", layers=8, experts=32, top_k=4, expert_bytes=4096, dtype="bfloat16")
@@ -378,3 +379,46 @@ def test_explain_and_lint_need_no_torch(folders: dict[str, Path]) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A GPU, its name in profiles."""
+    from runtime import devices
+
+    here = MachineFacts(f"cuda:{GPU}", 80 << 30)
+    monkeypatch.setattr(devices, "_num_gpus", lambda: 1)
+    monkeypatch.setattr(devices, "_name", lambda device: here.device)
+    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(devices, "device_facts", lambda device: here if device.type == "cuda" else machine_facts())
+    return here.device
+
+
+GPU = "NVIDIA H200"
+
+
+def test_explain_judges_by_the_device_that_is_named(
+    folders: dict[str, Path], gpu: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = put(folders["first"] / "gpu.yaml", **{"match.device": gpu, "match.memory_total_bytes": 80 << 30})
+    assert explained(capsys)["gpu.yaml"]["level"] == "rejected"
+    assert explained(capsys, "--device", "cuda:0")["gpu.yaml"]["is_used"]
+    assert explained(capsys, str(path))["gpu.yaml"]["is_used"], "a profile that is named runs on its GPU"
+    assert main(["explain", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("for cuda:NVIDIA H200 with 85.9 GB of memory\n")
+
+
+@pytest.mark.parametrize(
+    ("device", "decode", "said"),
+    [
+        ("cuda:0", "eager", ["error: match.device: 'cuda:0' is neither cpu nor a GPU by its name"]),
+        ("gpu", "eager", ["error: match.device: 'gpu' is neither"]),
+        ("cuda:NVIDIA H200", "gemv", ["warning: compute.decode: gemv is for the CPU"]),
+        ("cuda:NVIDIA H200", "eager", []),
+        ("cpu", "gemv", []),
+    ],
+)
+def test_lint_reads_the_device(folders: dict[str, Path], device: str, decode: str, said: list[str]) -> None:
+    path = put(folders["first"] / "p.yaml", **{"match.device": device, "compute.decode": decode})
+    found = [f"{one.severity}: {one.message}" for one in lint(path) if "device" in one.message or "gemv" in one.message]
+    assert len(found) == len(said) and all(one.startswith(head) for one, head in zip(found, said, strict=True))

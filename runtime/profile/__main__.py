@@ -15,11 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from runtime.device_options import add_device_options, named_device
 from runtime.errors import cli_main
+from runtime.machine import format_bytes
 from runtime.profile.evidence import ModelIdentity
 from runtime.profile.lint import lint
-from runtime.profile.lookup import Candidate, Judged, candidate, candidates, find_profile, judge, places
-from runtime.profile.matching import machine_facts
+from runtime.profile.lookup import NAMED, Candidate, Judged, candidate, candidates, find_profile, judge, places
+from runtime.profile.matching import MachineFacts, machine_facts
 from runtime.profile.schema import Profile
 
 
@@ -29,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="which profile is taken, and why no other")
     explain.add_argument("profiles", nargs="*", metavar="PROFILE", help="path or name; default: all that are found")
     explain.add_argument("--model", help="checkpoint folder or hub id; default: each profile's own")
+    add_device_options(explain, "default: the GPU that a named profile was tuned on, else the CPU")
     lints = commands.add_parser("lint", help="what is wrong with profiles that others are to trust")
     lints.add_argument("files", nargs="+", type=Path, metavar="FILE")
     for command in (explain, lints):
@@ -66,10 +69,14 @@ def _lint(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     found = [candidate(find_profile(name)) for name in options.profiles] or list(candidates())
-    judged = _judged(found, None if options.model is None else _identity(options.model))
+    device = named_device(options)
+    machines = [_facts(device, one) for one in found]
+    judged = _judged(found, machines, None if options.model is None else _identity(options.model))
     if options.json:
         print(json.dumps({"model": options.model, "profiles": [_as_dict(one) for one in judged]}))
         return 0
+    for kind, total_bytes in {here.device: here.memory_total_bytes for here in machines or [_facts(device)]}.items():
+        print(f"for {kind} with {format_bytes(total_bytes)} of memory")
     for number, place in enumerate(places(), start=1):
         print(f"{number}. {place.name:<20} {place.folder}{'' if place.folder.is_dir() else ' (is not there)'}")
     for one in judged:
@@ -83,17 +90,27 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
-def _judged(found: Sequence[Candidate], model: ModelIdentity | None) -> list[Judged]:
-    """For one model, or each profile among those for its own."""
-    here, now = machine_facts(), datetime.now(UTC)
-    if model is not None:
-        return judge(found, model, here, now)
+def _facts(device: str | None, one: Candidate | None = None) -> MachineFacts:
+    """Of the device that is named, else the one that the profile runs on, as `runtime.load` chooses it."""
+    profile = Profile.default() if one is None or one.profile is None else one.profile
+    is_for_gpu = profile.match is not None and (profile.match.device or "").startswith("cuda")
+    if device is None and not (one is not None and one.place == NAMED and is_for_gpu):
+        return machine_facts()
+    from runtime.devices import device_facts, find_device  # torch: only where there may be a GPU
+
+    return device_facts(find_device(device, profile))
+
+
+def _judged(found: Sequence[Candidate], machines: Sequence[MachineFacts], model: ModelIdentity | None) -> list[Judged]:
+    """For one model, or each profile among those for its own; on the machine of each."""
+    now = datetime.now(UTC)
     judged: dict[int, Judged] = {}
     matches = [None if one.profile is None else one.profile.match for one in found]
-    own = [None if match is None else match.model for match in matches]
-    for identity in dict.fromkeys(own):
-        numbers = [number for number, other in enumerate(own) if other == identity]
-        results = judge([found[number] for number in numbers], identity or _NO_MODEL, here, now)
+    own = [model or (None if match is None else match.model) for match in matches]
+    groups = [(identity, here.device) for identity, here in zip(own, machines, strict=True)]
+    for group in dict.fromkeys(groups):
+        numbers = [number for number, other in enumerate(groups) if other == group]
+        results = judge([found[number] for number in numbers], group[0] or _NO_MODEL, machines[numbers[0]], now)
         judged.update(zip(numbers, results, strict=True))
     return [judged[number] for number in range(len(found))]
 

@@ -40,7 +40,7 @@ def lint(path: Path, now: datetime | None = None) -> list[Problem]:
     except ProfileError as error:
         return [Problem("error", str(error).removeprefix(f"{path}: "))]
     now = now or datetime.now(UTC)
-    found = [*_given_away(profile), *_files(profile, path)]
+    found = [*_given_away(profile), *_files(profile, path), *_device(profile)]
     if not profile.is_default:  # the default promises nothing that would have to be measured
         found += [*_evidence(profile), *_limits(profile), *_origin(profile, now)]
     return found
@@ -106,6 +106,18 @@ def _origin(profile: Profile, now: datetime) -> Iterator[Problem]:
             yield Problem("warning", f"provenance.{name}: missing; nobody can measure it again just so")
     if origin is not None and (origin.commit or "").endswith("+"):
         yield Problem("warning", f"provenance.commit: {origin.commit} was measured with changes that nobody else has")
+
+
+def _device(profile: Profile) -> Iterator[Problem]:
+    """The device is named as it is looked up, and what is set acts there."""
+    device = None if profile.match is None else profile.match.device
+    if device is None or device == "cpu":
+        return
+    kind, _, name = device.partition(":")
+    if kind != "cuda" or not name or name.isdigit():
+        yield _error(f"match.device: {device!r} is neither cpu nor a GPU by its name, such as cuda:NVIDIA H200")
+    if profile.compute.decode == "gemv":
+        yield Problem("warning", "compute.decode: gemv is for the CPU; on a GPU eager runs instead")
 
 
 def _files(profile: Profile, path: Path) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 
@@ -52,6 +53,16 @@ class HostSlab:
             )
         self.arena = SlotArena(len(self._rows), self.slot_bytes)
         self._fill(store, io_threads)
+
+    @classmethod
+    def blank(cls, num_experts: int, num_bytes: int) -> Self:
+        """`num_experts` of zeros and of no model: for timing how they are copied."""
+        slab = cls.__new__(cls)
+        slab.num_experts, slab.num_bytes, slab.slot_bytes = num_experts, num_bytes, align(num_bytes, PAGE_BYTES)
+        slab._rows, slab._places = {expert: expert for expert in range(num_experts)}, ()
+        slab.arena = SlotArena(num_experts, slab.slot_bytes)
+        torch.frombuffer(slab.arena.memory, dtype=torch.uint8).zero_()  # else every page is the kernel's page of zeros
+        return slab
 
     @property
     def total_bytes(self) -> int:
