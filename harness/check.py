@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.device_options import add_device_options, named_device
 from runtime.errors import UsageError, cli_main
 from runtime.files import check_writable, write_named
 
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="of --base: only this benchmark")
     parser.add_argument("--model", help="of --profile: checkpoint folder or hub id; default: the one that it names")
     parser.add_argument("--workload", type=Path, metavar="FILE", help="of --profile: JSON lines with text")
+    add_device_options(parser, "of --profile; default: what the profile was tuned on")
     parser.add_argument(
         "--benchmark-json",
         type=Path,
@@ -104,6 +106,8 @@ _BELONGS: dict[str, tuple[str, ...]] = {
     "only": ("base",),
     "model": ("profile",),
     "workload": ("profile",),
+    "device": ("profile",),
+    "gpu": ("profile",),
     "benchmark_json": ("base", "series"),
 }
 """Which layers take an option that not all do."""
@@ -111,7 +115,8 @@ _BELONGS: dict[str, tuple[str, ...]] = {
 
 def _refuse_what_does_not_belong(options: argparse.Namespace) -> None:
     for option, layers in _BELONGS.items():
-        if getattr(options, option) and not any(getattr(options, layer) for layer in layers):
+        value = getattr(options, option)
+        if (value or (option == "gpu" and value is not None)) and not any(getattr(options, layer) for layer in layers):
             names = " or ".join(f"--{layer}" for layer in layers)
             raise UsageError(f"--{option.replace('_', '-')} does nothing here: it belongs to {names}")
     if options.bless and (options.json or options.markdown or options.junit):
@@ -171,11 +176,13 @@ def _profile(options: argparse.Namespace) -> Report:
     num_pairs = NUM_PROFILE_PAIRS if options.pairs is None else options.pairs
     if num_pairs < MIN_PAIRS:
         raise UsageError(f"--pairs {num_pairs}: at least {MIN_PAIRS} are needed for an interval of 95 %")
+    device = named_device(options)
     with _progress(2 * num_pairs) as tell:
         found = check_profile(
-            options.profile, options.model, options.workload, num_pairs, lambda name, outcome: tell(name)
+            options.profile, options.model, options.workload, num_pairs, lambda name, outcome: tell(name), device
         )
     command = ["python", "-m", "harness.check", "--profile", str(options.profile), "--pairs", str(num_pairs)]
+    command += [] if device is None else ["--device", device]
     return found.report(options.profile.name, shlex.join(command))
 
 

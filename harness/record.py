@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.device_options import add_device_options, named_device
 from runtime.errors import UsageError, cli_main
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ def _run(arguments: argparse.Namespace) -> None:
     from runtime.trace import write_trace
 
     disable_progress_bar()
-    target = _target(arguments)
+    device, target = named_device(arguments), _target(arguments)
     requests, source = _requests(arguments, target)
-    with _open(target) as engine:
+    with _open(target, device) as engine:
         meta = {"model": target.name, "tasks": [request.task for request in requests], **source}
         engine.start_trace({**meta, "command": _command(arguments, target)}, lookahead=arguments.lookahead)
         for note in engine.notes:
@@ -179,22 +180,24 @@ def _context(target: Target) -> int | None:
     return context_of(read_config(target.checkpoint))
 
 
-def _open(target: Target) -> Engine:
+def _open(target: Target, device: str | None) -> Engine:
     """The whole model where it fits, which is faster; else with its experts offloaded. The routing is the same."""
     from runtime import build, machine
+    from runtime.devices import find_device, free_bytes, is_gpu
     from runtime.facts import RESIDENT_FACTOR, describe
 
-    facts = describe(target.checkpoint)
-    limit = machine.available_memory_bytes()
+    facts, place = describe(target.checkpoint), find_device(device, target.profile)
+    limit = free_bytes(place) if is_gpu(place) else machine.available_memory_bytes()
+    where = f"memory of {place}" if is_gpu(place) else "memory"
     if target.profile.limits is not None and target.profile.limits.max_memory_bytes is not None:
         limit = min(limit, target.profile.limits.max_memory_bytes)
     size, room = machine.format_bytes(facts.model_bytes), machine.format_bytes(limit)
     if RESIDENT_FACTOR * facts.model_bytes <= limit:
-        _say(f"{target.name}: all {size} in memory ({room} are free)")
-        return build.load_reference(target.profile, target.checkpoint)
-    engine = build.load(target.profile, target.checkpoint)
-    slots = f"{engine.profile.cache.slots} of {facts.num_experts_total} experts in memory at a time"
-    _say(f"{target.name}: {size} are too much for the {room} of memory; offloaded, {slots}")
+        _say(f"{target.name}: all {size} in {where} ({room} are free)")
+        return build.load_reference(target.profile, target.checkpoint, device=place)
+    engine = build.load(target.profile, target.checkpoint, device=place)
+    slots = f"{engine.profile.cache.slots} of {facts.num_experts_total} experts in it at a time"
+    _say(f"{target.name}: {size} are too much for the {room} of {where}; offloaded, {slots}")
     return engine
 
 
@@ -251,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.record", description=__doc__)
     parser.add_argument("--model", help="checkpoint folder or hub id; default: the profile's, else the bundled demo")
     parser.add_argument("--profile", type=Path, help="profile to run with (a .yaml file)")
+    add_device_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the trace to write (.npz)")
     parser.add_argument("--workload", type=Path, help="JSON lines of text; default: the demo's held-out text")
     parser.add_argument(

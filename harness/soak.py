@@ -59,6 +59,12 @@ def _soak(options: argparse.Namespace) -> Soak:
         raise UsageError(f"--requests {options.requests}: fewer than {LEAST_REQUESTS} say nothing about growth")
     ranges = [_range(name, getattr(options, name)) for name in ("prompt_tokens", "output_tokens")]
     profile = None if options.profile is None else load_profile(options.profile)
+    device = profile and profile.match and profile.match.device
+    if device is not None and device != "cpu":
+        raise UsageError(
+            f"{options.profile} is for {device}: it promises memory of the GPU, and this watches the host's; "
+            f"python -m harness.check --profile {options.profile} holds it against its promise"
+        )
     known = None if profile is None or options.model else checkpoint_of(profile)
     return Soak(
         model=str(options.model or known or bundled_model()),

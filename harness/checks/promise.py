@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.checks.report import Finding, Report, Verdict
 from harness.measure.stats import Ratio, exact_confidence
@@ -19,7 +19,12 @@ from harness.search.plan import Sizes, largest_sizes
 from runtime import machine
 from runtime.errors import ProfileError, UsageError
 from runtime.machine import format_bytes
-from runtime.profile import Profile, checkpoint_of, load_profile, machine_facts, match_profile
+from runtime.profile import Profile, checkpoint_of, load_profile, match_profile
+
+if TYPE_CHECKING:
+    import torch
+
+    from runtime.facts import ModelFacts
 
 PROFILE = "profile"
 _CONCURRENCY = 8
@@ -94,11 +99,19 @@ def judge(promised: Promise, ratio: Ratio, peak_memory_bytes: int) -> tuple[Verd
 
 
 def check_profile(
-    path: Path, model: str | None, text: Path | None, num_pairs: int, on_run: Callable[[str, Outcome], None]
+    path: Path,
+    model: str | None,
+    text: Path | None,
+    num_pairs: int,
+    on_run: Callable[[str, Outcome], None],
+    device: str | None = None,
 ) -> Checked:
     """Measure the profile and the default in turns, in fresh processes, on the text that the tuner confirms on.
 
+    One for a GPU where there is none cannot be judged: nothing is measured then.
+
     Args:
+        device: that computes. None: the GPU that the profile was tuned on, if there is one, else the CPU.
         model: None: the one that the profile names. text: a workload; None: the bundled one.
         num_pairs: at least `confirm.MIN_PAIRS`.
         on_run: told about every run, by name and outcome.
@@ -108,24 +121,32 @@ def check_profile(
     """
     from harness.search.live import LiveTrial
     from harness.search.trial import TrialRunner, TrialSpec
+    from runtime.devices import device_facts, find_device
+    from runtime.facts import describe
 
     profile = load_profile(path)
+    place = find_device(device, profile)
+    if device is None and (reason := _is_elsewhere(profile, device_facts(place).device)):
+        return Checked(Verdict.INVALID, reason, Promise.of(profile), None, None, 0, ())
     checkpoint = model or checkpoint_of(profile)
     if checkpoint is None:
         raise UsageError(f"{path} does not say where its model is; name it with --model")
+    facts = describe(checkpoint)
     workload, other_text = _workload(text, profile)
     sizes, other_sizes = _sizes(profile)
-    notes = (*_matched(profile, checkpoint), *other_text, *other_sizes)
+    notes = (*_matched(profile, facts, place), *other_text, *other_sizes)
     unseen, warm_up = _cut(workload, checkpoint, sizes, num_pairs)
     concurrency = (profile.workload and profile.workload.concurrency) or _CONCURRENCY
     contenders = {DEFAULT: default_of(profile), PROFILE: configuration(profile, path.parent)}
+    are_kept_open = _fit_together(profile, facts, place)
     with tempfile.TemporaryDirectory() as scratch:
         runner = TrialRunner(Path(scratch) / "check.log")
-        openers = {
-            name: partial(LiveTrial, runner, TrialSpec(checkpoint, overrides, warm_up, concurrency), _TIMEOUT_S)
+        specs = {
+            name: TrialSpec(checkpoint, overrides, warm_up, concurrency, str(place))
             for name, overrides in contenders.items()
         }
-        turns = take_turns(openers, unseen, num_pairs, are_kept_open=_fit_together(profile), on_run=on_run)
+        openers = {name: partial(LiveTrial, runner, spec, _TIMEOUT_S) for name, spec in specs.items()}
+        turns = take_turns(openers, unseen, num_pairs, are_kept_open=are_kept_open, on_run=on_run)
     return _checked(Promise.of(profile), turns, min(len(unseen), num_pairs), notes)
 
 
@@ -173,11 +194,19 @@ def _sizes(profile: Profile) -> tuple[Sizes, tuple[str, ...]]:
     return sizes, (f"the profile does not say how long its runs were: {sizes}",)
 
 
-def _matched(profile: Profile, checkpoint: str) -> tuple[str, ...]:
-    """Why the promise may not hold here; ProfileError where it cannot."""
-    from runtime.facts import describe
+def _is_elsewhere(profile: Profile, here: str) -> str:
+    """Why a profile that was tuned on a GPU cannot be judged `here`; "" where it can."""
+    tuned_on = None if profile.match is None else profile.match.device
+    if tuned_on is None or not tuned_on.startswith("cuda") or tuned_on == here:
+        return ""
+    return f"it was tuned on {tuned_on}, and here is {here}; --gpu N holds another GPU against the promise all the same"
 
-    found = match_profile(profile, describe(checkpoint).identity, machine_facts())
+
+def _matched(profile: Profile, facts: ModelFacts, device: torch.device) -> tuple[str, ...]:
+    """Why the promise may not hold here; ProfileError where it cannot."""
+    from runtime.devices import device_facts
+
+    found = match_profile(profile, facts.identity, device_facts(device))
     if found.level == "rejected":
         raise ProfileError(f"the profile is for another model or machine: {'; '.join(found.reasons)}")
     return () if found.level == "exact" else tuple(f"{found.level}: {reason}" for reason in found.reasons)
@@ -207,12 +236,21 @@ def _cut(
     return found, cut(workload, tokenizer, **asdict(sizes), part="search")
 
 
-def _fit_together(profile: Profile) -> bool:
-    """Whether both processes fit into the memory that is free; not known is no."""
+def _fit_together(profile: Profile, facts: ModelFacts, device: torch.device) -> bool:
+    """Whether both processes fit into the memory that is free; not known is no. On a GPU, with what CUDA takes for
+    each, and their experts into the host's."""
+    from runtime.devices import free_bytes, is_gpu
+    from runtime.facts import CUDA_BUFFER_BYTES
+
     baseline = profile.evidence.baseline if profile.evidence is not None else None
     peaks = [found.peak_memory_bytes if found is not None else None for found in (profile.objectives, baseline)]
     known = [peak for peak in peaks if peak is not None]
-    return len(known) == len(peaks) and sum(known) <= machine.available_memory_bytes()
+    room = machine.available_memory_bytes()
+    if is_gpu(device):
+        if 2 * facts.model_bytes > room:
+            return False
+        room = free_bytes(device) - 2 * CUDA_BUFFER_BYTES
+    return len(known) == len(peaks) and sum(known) <= room
 
 
 def _checked(promised: Promise, turns: Turns, num_segments: int, notes: Sequence[str]) -> Checked:

@@ -108,7 +108,7 @@ def _request(text: Sequence[int], piece: Piece, number: int) -> PromptRequest:
 
 def _alone(engine: Engine, request: PromptRequest) -> dict[str, list[int]]:
     model: Any = engine.model
-    ids = torch.tensor([request.prompt_ids])
+    ids = torch.tensor([request.prompt_ids], device=model.device)
     with torch.inference_mode():
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, do_sample=False

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,22 +25,27 @@ WARM_UP_TOKENS = (8, 3)
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What to measure: `requests`, `concurrency` of them outstanding. `overrides` are dotted profile keys."""
+    """What to measure: `requests`, `concurrency` of them outstanding, on `device`; None: the CPU.
+
+    `overrides` are dotted profile keys.
+    """
 
     model: str
     overrides: dict[str, Any] = field(hash=False)
     requests: tuple[TokenRequest, ...]
     concurrency: int
+    device: str | None = None
 
 
 def measure(spec: TrialSpec) -> dict[str, Any]:
     """Load the engine, warm it up, replay the workload. Runs in the trial's process.
 
-    Peak memory is that of the whole process from before loading on. Each finished request is reported, see `Finished`.
+    Peak memory is that of the whole process from before loading on; where a GPU computes, what tensors took of it. Each
+    finished request is reported, see `Finished`.
     """
     with loaded(spec) as (engine, load_s):
         replay_unmeasured(engine, [_shortened(spec.requests[-1])], concurrency=1)
-        return measured(engine, spec.requests, spec.concurrency, load_s, _report).as_dict()
+        return measured(engine, spec.requests, spec.concurrency, load_s, partial(_report, engine)).as_dict()
 
 
 @contextmanager
@@ -56,7 +62,7 @@ def loaded(spec: TrialSpec) -> Iterator[tuple[Engine, float]]:
     # A configuration is measured as it is, not while the engine finds out whether its prefetching pays, nor with fewer
     # slots where memory is short: what does not fit is to fail.
     overrides = {**spec.overrides, "prefetch.on_trial": False}
-    with runtime.load(Profile.default(), spec.model, overrides=overrides) as engine:
+    with runtime.load(Profile.default(), spec.model, overrides=overrides, device=spec.device) as engine:
         engine.pressure = None
         yield engine, time.perf_counter() - start
 
@@ -87,7 +93,7 @@ def measured(
         tpot_ms_p50=run.tpot_ms_p50,
         tokens_per_s=run.tokens_per_s,
         tokens_sha256=run.sha256,
-        peak_memory_bytes=machine.peak_resident_bytes(),
+        peak_memory_bytes=_peak_bytes(engine),
         slots=int(engine.profile.cache.slots or 0),
         load_s=load_s,
         run_s=time.perf_counter() - began,
@@ -116,13 +122,20 @@ class Finished:
         return cls(**{**progress, "predicted_ids": tuple(progress["predicted_ids"])})
 
 
-def _report(result: RequestResult) -> None:
+def _peak_bytes(engine: Engine) -> int:
+    """Of the memory that limits are about: the GPU's where one computes, else the process's."""
+    from runtime.devices import peak_bytes
+
+    return peak_bytes(engine.model.device) or machine.peak_resident_bytes()
+
+
+def _report(engine: Engine, result: RequestResult) -> None:
     child.report(
         {
             "request": result.id,
             "latency_ms": result.latency_ms,
             "predicted_ids": result.predicted_ids,
-            "peak_memory_bytes": machine.peak_resident_bytes(),
+            "peak_memory_bytes": _peak_bytes(engine),
         }
     )
 

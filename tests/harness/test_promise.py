@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from confirm_fakes import PEAK_BYTES, ok
 
 from harness import check
@@ -20,7 +21,8 @@ from harness.measure.workload import load_workload
 from harness.search.confirm import Contender, Segment
 from harness.search.outcome import Kind, Outcome
 from harness.search.trial import TrialSpec
-from runtime.profile import Profile, save_profile
+from runtime import devices
+from runtime.profile import MachineFacts, Profile, save_profile
 
 
 @pytest.mark.parametrize(
@@ -230,3 +232,39 @@ def test_for_real(home: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixtu
     # Whatever the noise, a thousandfold gain is not there.
     assert (code, found["verdict"], found["num_segments"]) == (1, "regression", 6)
     assert found["ratio"]["num_pairs"] == 6 and found["peak_memory_bytes"] > 100e6
+
+
+_GPU = {"match.device": "cuda:NVIDIA H200"}
+
+
+def test_a_profile_of_a_gpu_cannot_be_judged_without_one(start: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    code, processes = start(_latency(0.66), **_GPU)
+    out = capsys.readouterr().out
+    assert code == Verdict.INVALID and not processes.runs
+    assert "tuned on cuda:NVIDIA H200, and here is cpu" in out and "promised   latency 0.65" in out
+    assert start(_latency(0.66), "--device", "cpu", **_GPU)[0] == 2
+    assert "device: profile cuda:NVIDIA H200, here cpu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("named", [["--gpu", "0"], ["--device", "cuda:0"]])
+def test_a_gpu_that_is_named_and_not_there(start: Any, named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(_latency(0.66), *named, **_GPU)[0] == 2
+    assert capsys.readouterr().err.endswith("sees no GPU; compute on the CPU instead\n")
+    assert check.main(named) == 2
+    assert "does nothing here: it belongs to --profile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("named", "here"), [([], "cuda:NVIDIA H200"), (["--device", "cuda:1"], "cuda:Tesla T4")])
+def test_both_are_measured_on_the_gpu(
+    start: Any, named: list[str], here: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(devices, "find_device", lambda name, profile: gpu)
+    monkeypatch.setattr(devices, "device_facts", lambda device: MachineFacts(here, 80 << 30))
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 70 << 30)
+    code, processes = start(_latency(0.66), "--pairs", "6", *named, **_GPU, **{"match.memory_total_bytes": 80 << 30})
+    assert code == 0 and {spec.device for spec in processes.specs.values()} == {"cuda:1"}
+    out = capsys.readouterr().out
+    assert ("here cuda:Tesla T4" in out) == bool(named)
+    assert ("--device cuda:1" in out) == bool(named)

@@ -14,6 +14,7 @@ import runtime
 from harness import record, simulate
 from harness.measure import recording
 from harness.measure.runner import Decoder
+from runtime import build, devices
 from runtime.trace import NO_PREDICTION, RoutingTrace, read_trace
 from runtime.vocabulary import Phase
 
@@ -238,3 +239,37 @@ def test_an_interrupted_recording_leaves_nothing(
     arguments = ["--model", str(tiny_checkpoint), "--workload", str(workload), "--out", str(folder / "t.npz")]
     assert record.main(arguments) == 130
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(("free", "is_resident"), [(1 << 40, True), (1, False)])
+def test_a_gpu_records_with_what_its_own_memory_holds(
+    tiny_checkpoint: Path,
+    workload: Path,
+    tmp_path: Path,
+    free: int,
+    is_resident: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    opened: list[tuple[str, object]] = []
+
+    def opens(name: str) -> Any:
+        load = getattr(build, name)
+
+        def on_the_cpu(*arguments: Any, device: object) -> runtime.Engine:
+            opened.append((name, device))
+            engine: runtime.Engine = load(*arguments)
+            return engine
+
+        return on_the_cpu
+
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(devices, "find_device", lambda name, profile: gpu if name == "cuda:1" else devices.CPU)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: free)
+    for name in ("load", "load_reference"):
+        monkeypatch.setattr(build, name, opens(name))
+    sizes = ("--workload", workload, "--part", "all", "--prompt-tokens", 8, "--output-tokens", 2)
+    trace = _record(tiny_checkpoint, tmp_path / "t.npz", *sizes, "--device", "cuda:1")
+    assert opened == [("load_reference" if is_resident else "load", gpu)]
+    assert trace.num_tokens > 0 and "--device cuda:1" in trace.meta["command"]
+    assert f"memory of {gpu}" in capsys.readouterr().err

@@ -100,3 +100,11 @@ def test_a_profile_names_its_checkpoint_in_the_cache(tmp_path: Path, monkeypatch
     assert command._soak(command._parser().parse_args(["--profile", str(tmp_path / "p.yaml")])).model == str(
         tmp_path / "mine"
     )
+
+
+def test_a_profile_of_a_gpu_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "p.yaml"
+    save_profile(Profile.default().with_overrides({"match.device": "cuda:NVIDIA H200"}), path)
+    assert command.main(["--profile", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "promises memory of the GPU, and this watches the host's" in error
