@@ -16,7 +16,9 @@ import torch
 
 import runtime
 from harness.demo.widen import bundled_model
+from runtime import devices
 from runtime.errors import BudgetError
+from runtime.probe import gpu_bandwidth
 from runtime.profile import Profile
 from runtime.prompts import PromptRequest, RequestResult
 from runtime.schedulers.make import build_scheduler
@@ -143,3 +145,25 @@ def test_the_command_line_says_where_everything_is(named: list[str]) -> None:
     assert len(found["token_ids"]) == 12 and found["peak_gpu_bytes"] > 0
     assert "pinned host memory hold all experts" in done.stderr and "on cuda:0" in done.stderr
     assert " GB of GPU memory, " in done.stderr
+
+
+def test_the_drivers_number_of_a_gpu_leads_back_to_it() -> None:
+    for index in range(torch.cuda.device_count()):
+        number = devices.gpu_number(torch.device("cuda", index))
+        assert number is not None and devices.numbered_gpu(number) == torch.device("cuda", index)
+
+
+def test_loading_can_probe_the_link_and_the_probe_leaves_nothing_behind() -> None:
+    bandwidth = gpu_bandwidth(4 << 20, torch.device(DEVICE), budget_s=0.2)
+    print(f"{bandwidth / 1e9:.1f} GB/s at 4 MiB")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(DEVICE)
+    assert gpu_bandwidth(4 << 20, torch.device(DEVICE), budget_s=0.0) > 0
+    assert torch.cuda.memory_allocated(DEVICE) == before
+    name = f"cuda:{torch.cuda.get_device_name(0)}"
+    for least, level in ((1.0, "compatible"), (1e15, "stale")):
+        match = {"match.device": name, "match.bandwidth_at_expert_size_bytes_per_s": {"min": least}}
+        tuned = Profile.default().with_overrides({**match, **QUARTER})
+        with runtime.load(tuned, bundled_model(), probe=0.2) as engine:
+            assert engine.match is not None and engine.match.level == level
+            assert engine.model.device == torch.device(DEVICE)
