@@ -50,7 +50,7 @@ class HostLayer:
         there already, or not likely to be needed."""
         if not hidden.is_cuda or not self._may_compute(num_routes):
             return None
-        there = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        there = torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu", pin_memory=True)
         return there.copy_(hidden.detach(), non_blocking=True)
 
     def experts(

@@ -1,13 +1,15 @@
 """Misses that are computed on the host, on the way of a GPU through the engine that this machine can run.
 
 Products summed in another order differ by about the precision of their dtype times the root of the number of terms: a
-float32 model of a few layers stays within 1e-4 of its logits' spread; a bfloat16 one, whose activations are rounded to 8
-bits after each step, within a tenth. An expert that is lost, doubled or weighted wrongly is far beyond both.
+float32 model of a few layers stays within 1e-4 of its logits' spread; a bfloat16 one, whose activations are rounded to
+8 bits after each step, within a tenth. An expert that is lost, doubled or weighted wrongly is far beyond both.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import runtime
-from runtime import build
+from harness import quality
+from runtime import build, generate
 from runtime.cache.miss import MissRates
 from runtime.engine import Engine
 from runtime.errors import UnsupportedModelError
+from runtime.experts import KERNELS, Arrival, HostArrival
 from runtime.host_experts import HostLayer
-from runtime.profile import Evidence, Profile
+from runtime.profile import Evidence, Profile, load_profile, save_profile
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 TEXT = "the quick brown fox jumps over the lazy dog, again and again."
@@ -106,7 +110,7 @@ def test_rates_are_measured_on_loading_and_said(checkpoint: Path, monkeypatch: p
     monkeypatch.setattr(LateStreams, "elapsed_s", lambda streams, begin, end: 0.5)
     with runtime.load(checkpoint, overrides={**COMPUTE, "cache.slots": 6, "miss": "auto"}) as engine:
         (note,) = (note for note in engine.notes if "a miss takes" in note)
-        assert note.startswith("a miss takes 500 ms to copy and ") and note.endswith("of 8, 1 are copied")
+        assert note.startswith("a miss takes 500 ms to copy and ") and note.endswith("of 8, 0 are copied")
         assert any("was not measured; python -m harness.quality" in note for note in engine.notes)
         assert engine.stats().num_loads == 0
         _logits(engine)
@@ -194,7 +198,79 @@ def test_a_tensor_that_is_left_on_another_device_is_refused() -> None:
         HostLayer(module, lambda num_routes: True)
 
 
-def test_one_token_that_chose_an_expert_twice(late: None) -> None:
+@pytest.mark.usefixtures("late", "even")
+@pytest.mark.parametrize("stored", ["copy", "auto"])
+def test_quality_is_measured_against_the_exact_model_and_written(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stored: str
+) -> None:
+    path, sizes = tmp_path / "p.yaml", ["--tokens", "24", "--prompt-tokens", "8", "--output-tokens", "8"]
+    profile = Profile.default().with_overrides({**COMPUTE, "cache.slots": 6, "miss": stored})
+    save_profile(profile, path)
+    asked = ["--profile", str(path), "--model", str(checkpoint), *sizes, "--device", "cpu", "--write"]
+    assert quality.main(asked) == 0
+    *text, last = capsys.readouterr().out.splitlines()
+    found, evidence = json.loads(last), load_profile(path).evidence
+    assert evidence is not None and (evidence.max_logit_error, evidence.kl_nats) == (
+        found["max_logit_error"],
+        found["kl_nats"],
+    )
+    assert (found["num_computed"] > 0) == (stored == "auto") and found["kl_nats"] < 0.01
+    assert any(line.startswith(f"computed         {found['num_computed']} of ") for line in text)
+    if stored == "copy":
+        assert found["max_logit_error"] == 0.0
+
+
+@pytest.mark.usefixtures("late", "even")
+@pytest.mark.parametrize(
+    ("more", "miss"),
+    [
+        (["--numerics", "equivalent"], "auto"),
+        (["--numerics", "equivalent", "--set", "miss=compute"], "compute"),
+        (["--numerics", "equivalent", "--profile", "compute"], "compute"),
+        (["--numerics", "equivalent", "--profile", "copy"], "auto"),
+        (["--numerics", "exact", "--profile", "compute"], "copy"),
+        (["--profile", "compute"], "compute"),
+        ([], "copy"),
+    ],
+)
+def test_numerics_of_the_command_line(
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    miss: str,
+) -> None:
+    for name in ("copy", "compute"):
+        save_profile(Profile.default().with_overrides({**COMPUTE, "miss": name}), tmp_path / f"{name}.yaml")
+    ran: list[Profile] = []
+    notes = build._inexact_notes
+    monkeypatch.setattr(build, "_inexact_notes", lambda profile: (ran.append(profile), notes(profile))[1])
+    more = [str(tmp_path / f"{one}.yaml") if before == "--profile" else one for before, one in pairwise(["", *more])]
+    asked = [
+        "--model",
+        str(checkpoint),
+        "--prompt",
+        "a cat",
+        "--max-new-tokens",
+        "4",
+        "--set",
+        "cache.slots=4",
+        "--json",
+    ]
+    assert generate.main([*asked, *more]) == 0
+    captured = capsys.readouterr()
+    assert [profile.miss for profile in ran] == [miss]
+    assert (json.loads(captured.out.splitlines()[-1])["num_computed"] > 0) == (miss != "copy")
+    assert ("results differ from the exact model's" in captured.err) == (miss != "copy")
+
+
+def test_unknown_numerics_are_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--model", str(checkpoint), "--prompt", "a", "--numerics", "nearly"]) == 2
+    assert "nearly" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_one_token_that_chose_an_expert_twice() -> None:
     module: Any = Qwen3MoeExperts(Qwen3MoeConfig(hidden_size=8, moe_intermediate_size=4, num_experts=2))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -202,8 +278,6 @@ def test_one_token_that_chose_an_expert_twice(late: None) -> None:
             parameter.normal_(0.0, 0.3, generator=generator)
     hidden, choice = torch.randn(1, 8, generator=generator), np.array([[1, 1]])
     index, weights = torch.from_numpy(choice), torch.tensor([[0.25, 0.5]])
-    from runtime.experts import KERNELS, Arrival, HostArrival
-
     mine = {name: parameter[1].detach() for name, parameter in module.named_parameters()}
     for name in ("eager", "grouped_mm"):
         results = []
