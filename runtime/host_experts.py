@@ -18,6 +18,7 @@ FEW_ROWS = 2
 """Rows of an expert up to which `gemv` can be faster than torch's matrix products: on CPUs without instructions for
 bfloat16."""
 _GEMV_DTYPES = (torch.bfloat16, torch.float32)
+_GEMV_TOKENS = 32  # it makes room for the rows of a whole call
 
 
 class HostLayer:
@@ -83,7 +84,7 @@ class HostExperts(GemvKernel):
         """For each expert the places of its rows, token * K + rank, ascending; and the rows [n, H] in that order."""
         places = [self._places[arrival.expert] for arrival in arrivals]
         has_gemv = self._compute is None and self._dtype(arrivals) in _GEMV_DTYPES
-        if has_gemv and max(map(len, places)) <= self._gemv_rows:
+        if has_gemv and len(self.hidden) <= _GEMV_TOKENS and max(map(len, places)) <= self._gemv_rows:
             self.add(arrivals)
             assert self._rows is not None
             return places, self._rows[[place for own in places for place in own]]

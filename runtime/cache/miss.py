@@ -56,7 +56,8 @@ class MissSplit:
     def may_compute(self, num_experts: int, tokens_each: float) -> bool:
         """Whether any of up to `num_experts` missing experts of `tokens_each` tokens would be computed."""
         if self.host_share is not None:
-            return tokens_each <= 1 or self.rates.compute_s(tokens_each) <= self.rates.copy_s
+            is_little = tokens_each <= 1 or self.rates.compute_s(tokens_each) <= self.rates.copy_s
+            return self.host_share > 0 and is_little
         return self.rates.compute_s(tokens_each) < num_experts * self.rates.copy_s
 
 

@@ -49,7 +49,9 @@ def test_splits_of_eight(copy_ms: float, compute_ms: float, copies: int) -> None
 
 @pytest.mark.parametrize(("share", "copies"), [(0.0, 5), (0.1, 4), (0.49, 3), (0.5, 2), (1.0, 0)])
 def test_a_share_is_rounded_to_the_nearest(share: float, copies: int) -> None:
-    assert MissSplit(MissRates(1.0, 9.0, 0.0), share).num_copies([1] * 5) == copies
+    split = MissSplit(MissRates(1.0, 9.0, 0.0), share)
+    assert split.num_copies([1] * 5) == copies
+    assert split.may_compute(5, 1.0) == (share > 0)
 
 
 def test_many_tokens_are_copied_whatever_the_share() -> None:
