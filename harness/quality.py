@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> None:
     source = arguments.profile or Profile.default()
     model = arguments.model or (None if arguments.profile else str(bundled_model()))
     overrides, workload = parse_overrides(arguments.set), load_workload(arguments.workload)
-    with runtime.load(source, model, overrides=overrides) as ours:
+    with runtime.load(source, model, overrides=overrides, device=arguments.device) as ours:
         requests = _requests(arguments, workload, ours)
         for note in ours.notes:
             _say(f"note: {note}")
@@ -110,17 +110,25 @@ def _requests(arguments: argparse.Namespace, workload: Workload, engine: Engine)
 def _exact(ours: Engine) -> Engine:
     """The whole model where it fits beside `ours`; else another engine with exact numerics: equal to the bit."""
     from runtime import build, machine
-    from runtime.facts import BUFFER_BYTES, RESIDENT_FACTOR, describe
+    from runtime.devices import free_bytes, is_gpu
+    from runtime.facts import BUFFER_BYTES, CUDA_BUFFER_BYTES, RESIDENT_FACTOR, describe
 
-    profile, facts = ours.profile, describe(ours.source)
-    # Slots that nothing was loaded into yet do not show in what is free.
-    room = machine.available_memory_bytes() - int(profile.cache.slots or 0) * facts.slot_bytes
+    profile, facts, device = ours.profile, describe(ours.source), ours.model.device
+    if is_gpu(device):
+        room, buffer_bytes = free_bytes(device), CUDA_BUFFER_BYTES
+    else:
+        # Slots that nothing was loaded into yet do not show in what is free.
+        room = machine.available_memory_bytes() - int(profile.cache.slots or 0) * facts.slot_bytes
+        buffer_bytes = BUFFER_BYTES
     if RESIDENT_FACTOR * facts.model_bytes <= room:
-        return build.load_reference(profile, ours.source)
-    slots = machine.slots_that_fit(room, facts.dense_bytes, facts.slot_bytes, 0, BUFFER_BYTES)
+        return build.load_reference(profile, ours.source, device=device)
+    slots = machine.slots_that_fit(room, facts.dense_bytes, facts.slot_bytes, 0, buffer_bytes)
     _say(f"the whole model does not fit beside the engine; the exact one is offloaded too, with {slots} slots")
-    overrides = {"cache.slots": min(slots, facts.num_experts_total), "limits": None, "numerics": "exact"}
-    return build.load(profile, ours.source, overrides=overrides)
+    overrides = {"cache.slots": min(slots, facts.num_experts_total), "limits": None}
+    return build.load(profile, ours.source, overrides={**overrides, **_EXACT}, device=device)
+
+
+_EXACT = {"numerics": "exact", "miss": "copy"}
 
 
 def _realign(model: Any) -> None:
@@ -160,6 +168,7 @@ def _result(engine: Engine, found: Divergence, routes: _Routes, requests: Sequen
         "num_texts": len(requests),
         **found.as_dict(),
         "num_substituted": num_substituted,
+        "num_computed": stats.cache.num_computed,
         "substituted_share": num_substituted / routes.count if routes.count else 0.0,
         "stats": stats.as_dict(),
     }
@@ -176,6 +185,7 @@ def _text(result: dict[str, Any]) -> str:
             f"likeliest token  the same for {result['top1_agreement']:.2%}",
             f"logits           differ by up to {result['max_logit_error']:.4g}",
             f"substituted      {result['substituted_share']:.2%} of the choices ({result['num_substituted']})",
+            f"computed         {result['num_computed']} of {result['stats']['num_misses']} misses, on the CPU",
         ]
     )
 
@@ -184,7 +194,8 @@ def _write(path: Path, found: Divergence) -> None:
     from runtime.profile import Evidence, load_profile, save_profile
 
     profile = load_profile(path)
-    figures = {name: getattr(found, name) for name in ("kl_nats", "perplexity_ratio", "top1_agreement")}
+    names = ("kl_nats", "perplexity_ratio", "top1_agreement", "max_logit_error")
+    figures = {name: getattr(found, name) for name in names}
     evidence = (profile.evidence or Evidence()).model_copy(update=figures)
     save_profile(profile.model_copy(update={"evidence": evidence}), path)
 
@@ -197,6 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.quality", description=__doc__)
     parser.add_argument("--profile", type=Path, help="profile to measure (a .yaml file); default: the default profile")
     parser.add_argument("--model", help="checkpoint folder or hub id; default: the profile's, else the bundled demo")
+    parser.add_argument(
+        "--device", metavar="NAME", help="that computes: cpu, cuda:0; default: as the profile was tuned"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile key")
     parser.add_argument("--workload", type=Path, help="JSON lines of text; default: the demo's held-out text")
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="to compare in all (%(default)s)")

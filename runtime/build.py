@@ -13,6 +13,7 @@ import torch
 from runtime import machine
 from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
+from runtime.cache.miss import Misses, MissSplit
 from runtime.cache.policies import FORESEEING
 from runtime.cache.residency import Residency
 from runtime.devices import in_turn, is_gpu
@@ -20,10 +21,12 @@ from runtime.engine import Engine
 from runtime.errors import BudgetError, UnsupportedModelError
 from runtime.experts import IMPLEMENTATION, KERNELS, ExpertSource, Kernel, LayerRunner, ResidentSource, register
 from runtime.facts import ModelFacts, pool_layers, resolve, top_k_of, wanted_slots
+from runtime.host_experts import HostLayer
 from runtime.loading import choose
+from runtime.miss_rates import rates_of
 from runtime.model import LoadedModel, load_offloaded, load_resident, routers_and_norms
 from runtime.passes import PassTracker
-from runtime.pool import ExpertPlaces, OffloadedSource, Pool, Slots
+from runtime.pool import ExpertPlaces, HostWeights, OffloadedSource, Pool, Slots
 from runtime.predictors.artifact import RoutingShape
 from runtime.predictors.base import NoPredictor, Predictor, RoutePredictor
 from runtime.predictors.gate_lookahead import (
@@ -94,8 +97,8 @@ def load(
     pools, sources, pool_notes = _build_pools(loaded, profile, facts, passes, needed, place)
     runners, kernels = _install(loaded, sources, profile, passes)
     for runner, served_from in zip(runners, sources, strict=True):
-        runner.reroute = served_from.substitution
-    notes = [*chosen.notes, *changed, *clamped, *pool_notes, *_lossy_notes(profile)]
+        runner.reroute, runner.host = served_from.substitution, served_from.host
+    notes = [*chosen.notes, *changed, *clamped, *pool_notes, *_inexact_notes(profile)]
     engine = Engine(
         loaded.model, profile, checkpoint, runners, kernels, passes, pools, notes, needed, **_for_traces(loaded)
     )
@@ -150,7 +153,10 @@ def route_predictor(engine: Engine, artifact: Path, params: Mapping[str, Any] | 
 
 
 def _for_device(profile: Profile, device: torch.device) -> tuple[Profile, list[str]]:
-    """The profile with kernels that run on `device`, and notes on what was changed."""
+    """The profile with what runs on `device`, and notes on what was changed."""
+    if not is_gpu(device) and profile.miss != "copy":
+        note = f"miss {profile.miss} is for a GPU: on the CPU misses are loaded, and results are exact"
+        return profile.with_overrides({"miss": "copy"}), [note]
     if not is_gpu(device) or profile.compute.decode != "gemv":
         return profile, []
     note = f"decode kernel gemv is for the CPU: {_GPU_DECODE} on {device}"
@@ -200,23 +206,27 @@ def _build_pools(
         store = ExpertStore.open(loaded.model, loaded.files, [loaded.layers[i] for i in layers])
         tier = _tier(store, max(1, int(total * share)), profile, device)
         pool = _build_pool(tier, len(layers), predictor, profile, facts, needed)
-        note += tier.notes
+        hosts, miss_notes = _compute_misses(loaded, layers, pool, profile, device)
+        note += tier.notes + miss_notes
         passes.listeners.append(pool.coordinator.begin)
         substitutions = _substitutions(loaded, layers, pool, profile, passes)
         for turn, (index, router_input, substitution) in enumerate(zip(layers, inputs, substitutions, strict=True)):
             sources[index] = OffloadedSource(pool, turn, lambda: passes.current, router_input, substitution)
+            sources[index].host = hosts[turn]
         pools.append(pool)
         notes.extend(note)
     return pools, [sources[index] for index in range(len(loaded.layers))], notes
 
 
 class _Tier(NamedTuple):
-    """Where the experts of a pool rest, the slots that they come into, and what brings them there."""
+    """Where the experts of a pool rest, the slots that they come into, what brings them there, and whence they may be
+    computed instead."""
 
     places: ExpertPlaces
     slots: Slots
     transfer: Transfer
     notes: list[str]
+    host: HostWeights | None = None
 
 
 def _tier(store: ExpertStore, num_slots: int, profile: Profile, device: torch.device) -> _Tier:
@@ -237,7 +247,29 @@ def _tier(store: ExpertStore, num_slots: int, profile: Profile, device: torch.de
         f"{machine.format_bytes(slab.total_bytes)} of pinned host memory hold all experts, "
         f"{num_slots} slots on {device} {machine.format_bytes(num_slots * slots.slot_bytes)}"
     )
-    return _Tier(slab, slots, transfer, [note])
+    return _Tier(slab, slots, transfer, [note], None if profile.miss == "copy" else slab)
+
+
+def _compute_misses(
+    loaded: LoadedModel, layers: list[int], pool: Pool, profile: Profile, device: torch.device
+) -> tuple[list[HostLayer | None], list[str]]:
+    """What computes each layer's share of the misses on the host, where the profile wants that; notes."""
+    if pool.host is None:
+        return [None] * len(layers), []
+    residency, weights = pool.coordinator.residency, pool.host.weights
+
+    def may_compute(num_routes: int) -> bool:
+        return split.may_compute(residency.num_experts, max(1.0, num_routes / residency.num_experts))
+
+    hosts = [HostLayer(loaded.modules[index], may_compute) for index in layers]
+    rates = rates_of(pool, hosts, device)
+    split = MissSplit(rates, 1.0 if profile.miss == "compute" else profile.compute.host_share)
+    pool.coordinator.misses = Misses(split, lambda expert: weights(expert) is not None)
+    note = (
+        f"a miss takes {1e3 * rates.copy_s:.3g} ms to copy and {1e3 * rates.compute_s(1):.3g} ms to compute with "
+        f"{profile.compute.threads} threads, at the same time: of 8, {split.num_copies([1] * 8)} are copied"
+    )
+    return list(hosts), [note]
 
 
 def _build_pool(
@@ -260,7 +292,7 @@ def _build_pool(
         refreshes=profile.numerics in LOSSY,
         needed_loads=needed,
     )
-    return Pool(tier.places, tier.slots, coordinator)
+    return Pool(tier.places, tier.slots, coordinator, tier.host)
 
 
 def _governor(predictor: Predictor, profile: Profile) -> Governor:
@@ -294,14 +326,16 @@ def _substitutions(
     ]
 
 
-def _lossy_notes(profile: Profile) -> list[str]:
-    if profile.numerics not in LOSSY:
+def _inexact_notes(profile: Profile) -> list[str]:
+    if profile.numerics not in LOSSY and profile.miss == "copy":
         return []
     evidence = profile.evidence
     if evidence is None or evidence.kl_nats is None:
         known = "by how much was not measured; python -m harness.quality does, and --write puts it into a profile"
     else:
-        known = f"by {evidence.kl_nats:.4g} nats of KL divergence per token, as measured"
+        error = evidence.max_logit_error
+        logits = "" if error is None else f" and up to {error:.3g} in a logit"
+        known = f"by {evidence.kl_nats:.4g} nats of KL divergence per token{logits}, as measured"
     return [f"numerics {profile.numerics}: results differ from the exact model's, {known}"]
 
 

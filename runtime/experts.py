@@ -7,6 +7,8 @@ in which its resident counterpart does, so that the result is the same to the bi
     eager        the loop of the class's own forward: `index_add_` in ascending order of experts
     grouped_mm   transformers' grouped_mm: rows by (token, rank), weighted and summed over the ranks
     gemv         like grouped_mm, with our own matrix-vector kernel
+
+Experts that are computed on the host (`HostArrival`) are rounded otherwise, and their rows take the same places.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,9 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, _grouped_linear
 
 from runtime.gemv import Rows, gemv
+
+if TYPE_CHECKING:
+    from runtime.host_experts import HostExperts, HostLayer
 
 IMPLEMENTATION = "expertflow"
 
@@ -39,6 +44,28 @@ class Arrival(NamedTuple):
     weights: Weights
 
 
+class HostArrival(Arrival):
+    """An expert that is not on the device: computed on the host, where these weights rest."""
+
+    __slots__ = ()
+
+
+class HostRows(NamedTuple):
+    """What the host has computed, on the device.
+
+    Attributes:
+        experts: their rows are `rows[ends[i] : ends[i + 1]]`.
+        positions: token * K + rank of each row, [n]. tokens: [n].
+        rows: [n, H], before any weighting.
+    """
+
+    experts: Sequence[int]
+    ends: Sequence[int]
+    positions: torch.Tensor
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+
 class ExpertSource(Protocol):
     """Where a layer's experts come from."""
 
@@ -47,7 +74,7 @@ class ExpertSource(Protocol):
     ) -> Generator[Sequence[Arrival], None, None]:
         """Yield the distinct `experts` in groups as they are ready, in any order.
 
-        `tokens[i]` tokens chose `experts[i]`; `choice` is the router's [T, K].
+        `tokens[i]` tokens chose `experts[i]`; `choice` is the router's [T, K]. No group mixes the two kinds of arrival.
         Weights may be used until the next group is asked for.
         """
         ...
@@ -77,7 +104,13 @@ class Kernel(ABC):
     """Computes one call of an experts module, expert by expert as they arrive.
 
     `choice` is `index` [T, K] on the host: on a GPU nothing here waits for the device to tell it again.
+
+    Attributes:
+        host: computes experts on the host; None: none will be.
     """
+
+    host: HostLayer | None = None
+    _compute: torch.dtype | None = None  # that a class computes in, where that is not the weights'
 
     def __init__(
         self,
@@ -94,6 +127,30 @@ class Kernel(ABC):
     @abstractmethod
     def add(self, arrivals: Sequence[Arrival]) -> None:
         """Compute experts for their tokens. Each of `experts` once, in any order and in any groups."""
+
+    @torch.no_grad()
+    def add_from_host(self, arrivals: Sequence[HostArrival]) -> None:
+        """The same on the host, while the device goes on; then its rows are sent to the device."""
+        places, rows = self._on_host.rows_of(arrivals)
+        ends = np.cumsum([0, *map(len, places)]).tolist()
+        flat = np.concatenate(places)
+        positions, tokens = _upload(np.stack([flat, flat // self.index.shape[-1]]), self.hidden.device)
+        experts = [arrival.expert for arrival in arrivals]
+        self._accept(HostRows(experts, ends, positions, tokens, send(rows, self.hidden.device)))
+
+    @abstractmethod
+    def _accept(self, computed: HostRows) -> None:
+        """Take in what the host has computed."""
+
+    @cached_property
+    def host_hidden(self) -> torch.Tensor:
+        """`hidden` on the host. Asking for it waits for all that the device was given, unless it was set before."""
+        return self.hidden.detach().cpu()
+
+    @cached_property
+    def _on_host(self) -> HostExperts:
+        assert self.host is not None, "this layer computes nothing on the host"
+        return self.host.experts(self.host_hidden, self._choice, self._compute)
 
     @abstractmethod
     def result(self) -> torch.Tensor:
@@ -133,6 +190,7 @@ class EagerKernel(Kernel):
     ) -> None:
         super().__init__(module, hidden, index, weights, experts, choice)
         self._numerics = _EAGER_NUMERICS.get(type(module).__name__, _Numerics())
+        self._compute = self._numerics.compute
         self._final = torch.zeros_like(hidden, dtype=self._numerics.accumulate(hidden, weights))
         self._order = iter(sorted(experts))
         self._next = next(self._order, None)
@@ -144,6 +202,18 @@ class EagerKernel(Kernel):
             rows = self._feed_forward(self._cast(hidden), weights, self._linear, self._activate)
             rows = rows * self._cast(share)
             self._waiting[expert] = (token, rows.to(self._final.dtype))
+        self._accumulate()
+
+    def _accept(self, computed: HostRows) -> None:
+        share = self._cast(self.weights.reshape(-1, 1)[computed.positions])
+        rows = (computed.rows * share).to(self._final.dtype)
+        for expert, (start, end) in zip(computed.experts, pairwise(computed.ends), strict=True):
+            is_one = len(self.hidden) == end - start == 1
+            self._waiting[expert] = (None if is_one else computed.tokens[start:end], rows[start:end])
+        self._accumulate()
+
+    def _accumulate(self) -> None:
+        """Add what waits for no expert before it."""
         while self._next in self._waiting:
             token, rows = self._waiting.pop(self._next)
             if token is None:
@@ -232,6 +302,9 @@ class RowKernel(Kernel):
             self._rows = computed.new_zeros(self._flat.size, computed.shape[-1])
         self._rows[positions] = computed
 
+    def _accept(self, computed: HostRows) -> None:
+        self._put(computed.positions, computed.rows)
+
     def result(self) -> torch.Tensor:
         if self._rows is None:
             return torch.zeros_like(self.hidden)
@@ -311,11 +384,14 @@ class GroupedKernel(RowKernel):
         return _grouped_linear(x, weight.unsqueeze(0), end, bias=rows, is_transposed=self.module.is_transposed)
 
 
+def send(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`rows` of the host on the device; the host does not wait for the copy."""
+    return rows if device.type == "cpu" else rows.pin_memory().to(device, non_blocking=True)
+
+
 def _upload(pair: npt.NDArray[np.int64], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The two rows of `pair` on the device; the host does not wait for the copy."""
-    there = torch.from_numpy(pair)
-    if device.type != "cpu":
-        there = there.pin_memory().to(device, non_blocking=True)
+    there = send(torch.from_numpy(pair), device)
     return there[0], there[1]
 
 
@@ -339,9 +415,9 @@ class GemvKernel(RowKernel):
             starts.append(len(places))
         own, top_k = list(range(len(places))), self.index.shape[-1]
         like = arrivals[0].weights[self._up]
-        if self._rows is None or self._wide is None:
-            # As the weights would see it: rounded to their dtype first.
+        if self._wide is None:  # as the weights would see it: rounded to their dtype first
             self._wide = self.hidden.to(like.dtype).to(torch.float32)
+        if self._rows is None:
             self._rows = like.new_zeros(self._flat.size, self.hidden.shape[-1])
         x = like.new_empty(len(places), like.shape[1 if self.module.is_transposed else 0])
         self._multiply(arrivals, self._up, self._wide, Rows(starts, [place // top_k for place in places], own), x)
@@ -373,27 +449,36 @@ class LayerRunner:
     """One experts module served from a source. `kernel` says which kernel the running pass uses.
 
     `observers` are told each router's choice [T, K] and weights [T, K]. `reroute`, where there is one, replaces both
-    before anything else.
+    before anything else. `host`, where there is one, computes experts that the source leaves on the host.
     """
 
     def __init__(self, module: Any, source: ExpertSource, kernel: Callable[[], type[Kernel]]) -> None:
         self.module, self.source, self.kernel = module, source, kernel
         self.observers: list[Callable[[npt.NDArray[np.int64], torch.Tensor], None]] = []
         self.reroute: Reroute | None = None
+        self.host: HostLayer | None = None
 
     def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.reroute is not None:
             index, weights = self.reroute(hidden, index, weights)
+        # Enqueued before the choice is asked for: there once that is.
+        host_hidden = None if self.host is None else self.host.fetch(hidden, index.numel())
         choice = index.cpu().numpy()
         for observer in self.observers:
             observer(choice, weights)
         experts, tokens = _distinct(choice, self.module.num_experts)
         kernel = self.kernel()(self.module, hidden, index, weights, experts, choice)
+        kernel.host = self.host
+        if host_hidden is not None:
+            kernel.host_hidden = host_hidden
         if experts:
             # Closed at once when computing fails: whoever keeps the error would keep the leases with it.
             with closing(self.source.serve(experts, tokens, choice)) as groups:
                 for group in groups:
-                    kernel.add(group)
+                    if on_host := [one for one in group if isinstance(one, HostArrival)]:
+                        kernel.add_from_host(on_host)
+                    else:
+                        kernel.add(group)
         return kernel.result()
 
 

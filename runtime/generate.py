@@ -45,6 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     add_device_options(parser)
+    parser.add_argument(
+        "--numerics",
+        metavar="NAME",
+        help="exact; or equivalent: a GPU's misses may be computed on the CPU, which rounds otherwise (miss: auto, "
+        "unless the profile or --set says how); default: the profile's",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile key")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the routing as a trace (.npz)")
     parser.add_argument(
@@ -95,7 +101,7 @@ def _run(options: argparse.Namespace) -> int:
     source = options.profile or options.model
     model = options.model if options.profile else None
     device = named_device(options)
-    overrides = parse_overrides(options.set)
+    overrides = _with_numerics(options, device, parse_overrides(options.set))
     if options.scheduler:
         overrides["scheduler.kind"] = options.scheduler
     requests = _requests(options, prompts) if prompts else []
@@ -122,6 +128,24 @@ def _run(options: argparse.Namespace) -> int:
             engine.save_predictor(saved_to)
         _say(engine.stats().line())
         return 0 if is_complete else stop.exit_code
+
+
+def _with_numerics(options: argparse.Namespace, device: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """`overrides` with --numerics and what goes with it, where they do not say so themselves."""
+    from runtime.machine import cpu_count
+    from runtime.profile import load_profile
+
+    if options.numerics is None:
+        return overrides
+    implied: dict[str, Any] = {"numerics": options.numerics}
+    if options.numerics == "exact":
+        implied["miss"] = "copy"
+    elif options.numerics == "equivalent":
+        if not options.profile or load_profile(options.profile).miss == "copy":
+            implied["miss"] = "auto"
+        if not options.profile and str(device).startswith("cuda"):
+            implied["compute.threads"] = cpu_count()  # of which results on a GPU do not depend otherwise
+    return {**implied, **overrides}
 
 
 def _say(text: str) -> None:

@@ -52,6 +52,7 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("layer_steps", "MoE layers executed", lambda of: of.cache.num_layer_steps),
     ("waves", "Rounds of slots that layer steps took", lambda of: of.cache.num_waves),
     ("substituted_choices", "Choices of absent experts that others took", lambda of: of.cache.num_substituted),
+    ("misses_computed", "Misses computed on the CPU instead of being loaded", lambda of: of.cache.num_computed),
 )
 _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("slots", "Expert slots in use", lambda of: of.num_slots),

@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime.experts import Arrival, Weights
+from runtime.experts import Arrival, HostArrival, Weights
 from runtime.predictors.base import Observation
 from runtime.vocabulary import Load, LoadReason, Pass
 
 if TYPE_CHECKING:
     from runtime.cache.coordinator import Coordinator
+    from runtime.host_experts import HostLayer
     from runtime.substitute import Substitution
     from runtime.transfer.slots import TensorPlace
 
@@ -28,6 +29,13 @@ class ExpertPlaces(Protocol):
 
     def tensors(self, expert: int) -> tuple[TensorPlace, ...]:
         """Where the tensors of an expert lie in its slot."""
+
+
+class HostWeights(Protocol):
+    """Where experts rest that can be computed there: `HostSlab`."""
+
+    def weights(self, expert: int) -> Weights | None:
+        """The tensors of an expert in host memory, until the layer step ends; None: it is not there now."""
 
 
 class Slots(Protocol):
@@ -51,10 +59,15 @@ class Slots(Protocol):
 
 
 class Pool:
-    """Slots, the store behind them and the coordinator that fills them, for layers of one expert shape."""
+    """Slots, the store behind them and the coordinator that fills them, for layers of one expert shape.
 
-    def __init__(self, store: ExpertPlaces, arena: Slots, coordinator: Coordinator) -> None:
-        self.store, self.arena, self.coordinator = store, arena, coordinator
+    `host`: computes what the coordinator leaves there; None where all is loaded.
+    """
+
+    def __init__(
+        self, store: ExpertPlaces, arena: Slots, coordinator: Coordinator, host: HostWeights | None = None
+    ) -> None:
+        self.store, self.arena, self.coordinator, self.host = store, arena, coordinator, host
         self._views: dict[int, tuple[int, Weights]] = {}
 
     @property
@@ -102,6 +115,14 @@ class Pool:
             known = self._views[expert] = (slot, views)
         return known[1]
 
+    def arrival(self, expert: int, index: int) -> Arrival:
+        """A demanded expert, number `index` in its layer, as its kernel takes it."""
+        if self.host is None or self.coordinator.residency.is_ready(expert):
+            return Arrival(index, self.weights(expert))
+        weights = self.host.weights(expert)
+        assert weights is not None, f"expert {expert} was to be computed on the host, where it is not any more"
+        return HostArrival(index, weights)
+
     def replay(self, loads: Sequence[Load]) -> None:
         """Bring `loads` in again through the same transfer, in order and without compute, as fast as it goes.
 
@@ -138,6 +159,9 @@ class OffloadedSource:
         layer: the layer's index in the pool. current: the running pass.
         router_input: what the layer's router was last given, for predictors; it need not be what the experts are given.
         substitution: changed the router's choice before it came here; predictors go by what it was.
+
+    Attributes:
+        host: computes what the pool leaves on the host; None: it leaves nothing.
     """
 
     def __init__(
@@ -150,6 +174,7 @@ class OffloadedSource:
     ) -> None:
         self._pool, self._layer, self._current, self._router_input = pool, layer, current, router_input
         self.substitution = substitution
+        self.host: HostLayer | None = None
         self._base = layer * pool.store.num_experts
 
     def serve(
@@ -160,4 +185,4 @@ class OffloadedSource:
         routed = choice if self.substitution is None else self.substitution.routed
         observation = Observation(self._current(), routed, self._router_input())
         for group in self._pool.coordinator.serve(self._layer, demand, tokens, observation):
-            yield [Arrival(expert - self._base, self._pool.weights(expert)) for expert in group]
+            yield [self._pool.arrival(expert, expert - self._base) for expert in group]

@@ -87,7 +87,7 @@ class CacheStats:
         num_lookups: num_hits + num_in_flight + num_misses.
         num_hits: the expert was in its slot.
         num_in_flight: it was on its way, brought by a prefetch.
-        num_misses: it had to be loaded on demand.
+        num_misses: it had to be loaded on demand, or computed where it rests.
         num_evictions: residents that lost their slot.
         num_prefetch_issued: loads decided ahead of demand.
         num_prefetch_used: of these, demanded (arrived or in flight) before they were evicted; counted at the first use.
@@ -96,6 +96,7 @@ class CacheStats:
         num_waves: rounds of slots that the layer steps took; equal to num_layer_steps when every step fitted in one.
         num_passes: forward passes.
         num_tokens: tokens in them.
+        num_computed: of the misses, those that were computed where they rest instead of being loaded.
         num_substituted: choices of absent experts, by token and rank, that went to resident ones (`lossy.substitute`).
     """
 
@@ -112,6 +113,7 @@ class CacheStats:
     num_passes: int = 0
     num_tokens: int = 0
     num_substituted: int = 0
+    num_computed: int = 0
 
     @property
     def hit_rate(self) -> float | None:
@@ -211,7 +213,7 @@ class EngineStats:
         return {**asdict(self.cache), **own, **derived}
 
     def summary(self) -> str:
-        """A block for people, at most nine lines."""
+        """A block for people, at most ten lines."""
         cache = self.cache
         rate = "no lookups" if cache.hit_rate is None else f"{cache.hit_rate:.1%} hits"
         per_token = "" if self.bytes_per_token is None else f", {self.bytes_per_token / 1e6:.2f} MB per token"
@@ -228,6 +230,8 @@ class EngineStats:
         ]
         if cache.num_substituted:
             lines.insert(2, f"substituted {cache.num_substituted} choices of absent experts: results are not exact")
+        if cache.num_computed:
+            lines.insert(2, f"computed   {cache.num_computed} of the misses on the CPU: results are not exact")
         if self.num_retries or self.num_failed_loads:
             lines.append(f"trouble    {self.num_retries} reads tried again, {self.num_failed_loads} loads failed")
         return "\n".join(lines)

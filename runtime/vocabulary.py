@@ -47,12 +47,14 @@ class Plan:
 
     `hits`, `in_flight` and the experts of `loads` are leased: their slots are not reused until they are released.
     `deferred` found no free slot; they are planned again once leases are released (a further wave).
+    `computed` are computed where they rest: they have neither slot nor lease.
     """
 
     hits: tuple[int, ...]
     in_flight: tuple[int, ...]
     loads: tuple[Load, ...]
     deferred: tuple[int, ...] = ()
+    computed: tuple[int, ...] = ()
 
     @property
     def awaited(self) -> tuple[int, ...]:

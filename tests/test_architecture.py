@@ -15,6 +15,7 @@ DECISION = (
     "runtime.vocabulary",
     "runtime.cache.coordinator",
     "runtime.cache.governor",
+    "runtime.cache.miss",
     "runtime.cache.policies",
     "runtime.cache.residency",
     "runtime.cache.steps",

@@ -162,6 +162,7 @@ def test_then_the_more_specific_then_the_earlier_place_then_the_newer(folders: d
         ({"match__model": OTHER.model_dump()}, "is for something else"),
         ({"match__model": None}, "does not say which model"),
         ({"numerics": "lossy.substitute"}, "changes results"),
+        ({"numerics": "equivalent", "miss": "auto"}, "numerics equivalent changes results"),
         ({"predictor": {"kind": "sequence", "artifact": "gone.safetensors"}}, "artefact is missing"),
     ],
 )
@@ -170,7 +171,7 @@ def test_what_is_never_taken_unasked(folders: dict[str, Path], changes: dict[str
     found = judged()
     assert not taken(found) and why in found["p.yaml"].why
     named = judge([candidate(path)], MODEL, MACHINE, NOW)[0]
-    assert named.is_used == (why.split()[0] in ("is", "does", "changes") and "else" not in why)
+    assert named.is_used == (why.split()[0] in ("is", "does", "changes", "numerics") and "else" not in why)
 
 
 def test_a_file_that_cannot_be_read_hides_no_other(folders: dict[str, Path]) -> None:
@@ -246,6 +247,7 @@ def test_explain_of_named_files(folders: dict[str, Path], capsys: pytest.Capture
         ({"fallback": "gone"}, "no profile is called gone"),
         ({"fallback": "p.yaml"}, "is the profile itself"),
         ({"numerics": "lossy.substitute"}, "its cost was not measured"),
+        ({"numerics": "equivalent", "miss": "compute"}, "its cost was not measured"),
     ],
 )
 def test_lint_refuses(folders: dict[str, Path], changes: dict[str, Any], says: str) -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 import numpy as np
 
 from runtime.cache.governor import Governor, Reading
+from runtime.cache.miss import Misses
 from runtime.cache.residency import Count, Residency
 from runtime.errors import TransferError
 from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
@@ -28,6 +29,9 @@ class Coordinator:
             For an engine that does not load what it misses.
         needed_loads: where given, every load that the run needed is appended, in the order in which it was needed:
             demand loads, and prefetches at their first use.
+
+    Attributes:
+        misses: which of the missing experts are computed where they rest; None: all are loaded.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Coordinator:
         self._waiting: list[tuple[int, int]] = []  # experts to prefetch that have no slot, and layers until each
         self.refreshes = refreshes
         self.needed_loads = needed_loads
+        self.misses: Misses | None = None
 
     def begin(self, passing: Pass) -> None:
         """A forward pass starts: what the predictor knows of it already is prefetched before its first layer."""
@@ -68,6 +73,9 @@ class Coordinator:
     ) -> Generator[Sequence[int], None, None]:
         """Yield the demanded experts in groups as they are ready; each is leased until the next group is asked for.
 
+        Those that are computed where they rest are a group of their own, which `Residency.is_ready` tells: after what
+        is resident, so that the device computes that meanwhile, and while loads are under way.
+
         Args:
             layer: index of the layer in this pool.
             demand: distinct experts (ids) that the router chose; `tokens[i]` tokens chose `demand[i]`.
@@ -82,7 +90,7 @@ class Coordinator:
         self._note_used_prefetches(demand)
         if self.residency.foresees:  # what the layer chose says which victims are best; else loads need not wait for it
             self._predict(layer, observation)
-        plan = self.residency.plan(layer, demand, tokens, num_tokens)
+        plan = self._plan(layer, demand, tokens, num_tokens)
         self._act(plan)
         if not self.residency.foresees:
             self._predict(layer, observation)
@@ -94,6 +102,18 @@ class Coordinator:
                 raise TransferError("no expert slot is left: reads into them have not returned; check the disk")
             self._act(plan)
             yield from self._arrivals(layer, plan)
+
+    def _plan(self, layer: int, demand: Sequence[int], tokens: Sequence[int], num_tokens: int) -> Plan:
+        """The first wave. A slot that is free is worth nothing: a miss fills it, whatever that takes."""
+        if self.misses is None:
+            return self.residency.plan(layer, demand, tokens, num_tokens)
+        missing = {
+            expert: count for expert, count in zip(demand, tokens, strict=True) if self.residency.slot_of(expert) < 0
+        }
+        at_hand = {expert: count for expert, count in missing.items() if self.misses.is_at_hand(expert)}
+        most = len(missing) - len(at_hand) + self.misses.split.num_copies(list(at_hand.values()))
+        most = max(most, self.residency.num_free)
+        return self.residency.plan(layer, demand, tokens, num_tokens, most_loads=most, at_hand=at_hand)
 
     def _land(self, experts: Sequence[int]) -> None:
         """Take note of the prefetches among `experts` that have arrived or failed since anyone looked; those that
@@ -126,7 +146,7 @@ class Coordinator:
         counts, moved = self.residency.counts(), self.transfer.stats()
         return Reading(
             now_s=self.transfer.now_s,
-            num_needed=counts[Count.MISSES] + counts[Count.PREFETCH_ISSUED],
+            num_needed=counts[Count.MISSES] - counts[Count.COMPUTED] + counts[Count.PREFETCH_ISSUED],
             num_wasted=counts[Count.PREFETCH_WASTED],
             num_loads=moved.num_loads,
             busy_s=moved.busy_s,
@@ -194,6 +214,8 @@ class Coordinator:
                 yield plan.hits
                 self._release(plan.hits, leased)
                 self._load_ahead(layer)
+            if plan.computed:
+                yield plan.computed
             while awaited:
                 arrived = self.transfer.wait_any(awaited)
                 self.residency.complete(arrived)

@@ -11,7 +11,7 @@ and more with `grow`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from runtime.cache import steps as compiled
 from runtime.cache import timeline
 from runtime.cache.policies import FORESEEING, ORACLE, POLICIES, TD_CONTEXT, Policy
-from runtime.cache.steps import DEFERRED, FREE, NUM_FREE, WITHHELD, Count, IntArray, flat, new_state
+from runtime.cache.steps import COMPUTED, DEFERRED, FREE, NUM_FREE, WITHHELD, Count, IntArray, flat, new_state
 from runtime.cache.timeline import FloatArray, Link, Steps, Times
 from runtime.errors import BudgetError
 from runtime.vocabulary import Load, LoadReason, Lookup, Plan
@@ -86,7 +86,15 @@ class Residency:
         self.withheld: set[int] = set()
 
     def plan(
-        self, layer: int, demand: Sequence[int], tokens: Sequence[int], num_tokens: int, *, first: bool = True
+        self,
+        layer: int,
+        demand: Sequence[int],
+        tokens: Sequence[int],
+        num_tokens: int,
+        *,
+        first: bool = True,
+        most_loads: int | None = None,
+        at_hand: Collection[int] = (),
     ) -> Plan:
         """Decide one wave of a layer step and lease the experts in it.
 
@@ -96,11 +104,17 @@ class Residency:
             tokens: how many tokens chose each of them.
             num_tokens: tokens in this step.
             first: False for a further wave of the same step, which updates no statistics.
+            most_loads: of the missing experts, load at most so many (or all that are not `at_hand`, if these are more):
+                those most worth keeping. None: all.
+            at_hand: experts that may be computed where they rest instead.
         """
         wanted, counts = np.array(demand, np.int64), np.array(tokens, np.int64)
         kinds, slots = np.empty_like(wanted), np.empty_like(wanted)
-        compiled.step(*self._flat, self._policy, layer, wanted, counts, num_tokens, first, kinds, slots)
-        hits, in_flight, deferred, loads = [], [], [], []
+        if most_loads is not None:
+            kinds[:] = [COMPUTED if expert in at_hand else Lookup.MISS for expert in demand]
+        limit = -1 if most_loads is None else most_loads
+        compiled.step(*self._flat, self._policy, layer, wanted, counts, num_tokens, first, limit, kinds, slots)
+        hits, in_flight, deferred, loads, computed = [], [], [], [], []
         for expert, kind, slot in zip(demand, kinds.tolist(), slots.tolist(), strict=True):
             if kind == Lookup.HIT:
                 hits.append(expert)
@@ -108,9 +122,11 @@ class Residency:
                 in_flight.append(expert)
             elif kind == DEFERRED:
                 deferred.append(expert)
+            elif kind == COMPUTED:
+                computed.append(expert)
             else:
                 loads.append(Load(expert, slot, LoadReason.DEMAND))
-        return Plan(tuple(hits), tuple(in_flight), tuple(loads), tuple(deferred))
+        return Plan(tuple(hits), tuple(in_flight), tuple(loads), tuple(deferred), tuple(computed))
 
     def foresee(
         self,
@@ -255,6 +271,10 @@ class Residency:
     def is_loading(self, expert: int) -> bool:
         """True between the decision to load `expert` and its completion."""
         return bool(self._slot_of[expert] >= 0 and not self._ready[expert])
+
+    def is_ready(self, expert: int) -> bool:
+        """True when `expert` has arrived in a slot."""
+        return bool(self._ready[expert])
 
     def is_unused_prefetch(self, expert: int) -> bool:
         """True when a prefetch brought (or is bringing) `expert` and no layer has demanded it since."""

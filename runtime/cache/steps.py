@@ -27,7 +27,7 @@ from runtime.cache.policies import (
 
 IntArray = npt.NDArray[np.int64]
 
-DEFERRED = 3  # beside the values of Lookup: no slot could be found
+DEFERRED, COMPUTED = 3, 4  # beside the values of Lookup: no slot could be found; a miss that is computed in place
 FREE, WITHHELD = -1, -2  # in `State.expert_in`, beside experts: nobody may use a withheld slot
 
 
@@ -45,6 +45,7 @@ class Count(enum.IntEnum):
     LAYER_STEPS = 8
     WAVES = 9
     SUBSTITUTED = 10
+    COMPUTED = 11
 
 
 # Per expert. Records rather than an array a field: what a compiled function is handed costs time by the array.
@@ -347,8 +348,36 @@ def _correct_context(state, layer, error):  # type: ignore[no-untyped-def]
 
 
 @njit
-def plan_wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots):  # type: ignore[no-untyped-def]
-    """One wave of a layer step: classify and lease every demanded expert, find slots for the missing ones."""
+def _choose_loads(state, policy, layer, demand, tokens, most_loads, kinds):  # type: ignore[no-untyped-def]
+    """Of the missing experts that may be computed in place, make loads of those that are worth most, up to
+    `most_loads` in all: by the policy's score, then by the tokens that chose them."""
+    num_loads = 0
+    for i in range(demand.size):
+        num_loads += kinds[i] == 0
+        state.counts[11] += kinds[i] == 4
+    while num_loads < most_loads:
+        best, value = -1, -np.inf
+        for i in range(demand.size):
+            if kinds[i] == 4:
+                own = _score_of(state, policy, layer, demand[i])
+                if best < 0 or own > value or (own == value and tokens[i] > tokens[best]):
+                    best, value = i, own
+        if best < 0:
+            return
+        kinds[best] = 0
+        num_loads += 1
+        state.counts[11] -= 1
+
+
+@njit
+def plan_wave(  # type: ignore[no-untyped-def]
+    state, policy, layer, demand, tokens, num_tokens, first, most_loads, kinds, slots
+):  # fmt: skip
+    """One wave of a layer step: classify and lease every demanded expert, find slots for the missing ones.
+
+    With `most_loads` >= 0, `kinds` says on entry which experts may be COMPUTED in place, should they be missing; so
+    many are loaded at most as far as that goes, and the rest has neither slot nor lease.
+    """
     if first:
         state.scalars[NOW] += 1
         state.counts[8] += 1
@@ -357,6 +386,7 @@ def plan_wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, sl
     state.layers[layer].is_stale = True
     for i in range(demand.size):  # lease what is here before any victim is chosen
         expert = demand[i]
+        may_compute = most_loads >= 0 and kinds[i] == 4
         slots[i] = state.experts[expert].slot_of
         kinds[i] = 0 if slots[i] < 0 else (2 if state.experts[expert].ready else 1)
         if slots[i] >= 0:
@@ -364,6 +394,10 @@ def plan_wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, sl
         if first:
             state.counts[0] += 1
             state.counts[1 + 2 - kinds[i]] += 1
+        if may_compute and slots[i] < 0:
+            kinds[i] = 4
+    if most_loads >= 0:
+        _choose_loads(state, policy, layer, demand, tokens, most_loads, kinds)
     for i in range(demand.size):
         if kinds[i] != 0:
             continue
@@ -408,12 +442,12 @@ def _compile(formulas: str) -> tuple[Callable[..., None], Callable[..., None], C
     @njit(cache=True)
     def step(  # type: ignore[no-untyped-def]
         experts, layers, expert_in, follows, counts, scalars,
-        policy, layer, demand, tokens, num_tokens, first, kinds, slots,
+        policy, layer, demand, tokens, num_tokens, first, most_loads, kinds, slots,
     ):  # fmt: skip
         """See `plan_wave`."""
         len(formulas)
         state = State(experts.view(EXPERT), layers.view(LAYER), expert_in, follows, counts, scalars)
-        plan_wave(state, policy, layer, demand, tokens, num_tokens, first, kinds, slots)
+        plan_wave(state, policy, layer, demand, tokens, num_tokens, first, most_loads, kinds, slots)
 
     @njit(cache=True)
     def prefetch(experts, layers, expert_in, follows, counts, scalars, policy, layer, wanted, steps_ahead, slots):  # type: ignore[no-untyped-def]

@@ -256,7 +256,7 @@ def _layer_step(  # type: ignore[no-untyped-def]
         slot = state.experts[demand[i]].slot_of
         if slot >= 0 and link.arrived[slot]:
             state.experts[demand[i]].ready = True
-    plan_wave(state, policy, layer, demand, tokens, num_tokens, True, kinds, slots)
+    plan_wave(state, policy, layer, demand, tokens, num_tokens, True, -1, kinds, slots)
     _act(state, link, demand, kinds, slots, link_s)
     _advance(link, ahead_s, link_s, slowdown)
     num_wanted = wanted.size
@@ -270,7 +270,7 @@ def _layer_step(  # type: ignore[no-untyped-def]
         if deferred.size == 0:
             return
         demand, expert_s = demand[deferred], expert_s[deferred]
-        plan_wave(state, policy, layer, demand, tokens[: demand.size], num_tokens, False, kinds, slots)
+        plan_wave(state, policy, layer, demand, tokens[: demand.size], num_tokens, False, -1, kinds, slots)
         _act(state, link, demand, kinds, slots, link_s)
 
 

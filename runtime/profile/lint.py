@@ -66,7 +66,7 @@ def _evidence(profile: Profile) -> Iterator[Problem]:
     if ratio.high >= 1 and not _saves_memory(measured, baseline):
         most = f"up to {ratio.high} of the default's latency"
         yield _error(f"evidence.ratio: {most}, and no less memory: no gain is proven")
-    if profile.numerics in LOSSY and evidence.kl_nats is None:
+    if (profile.numerics in LOSSY or profile.miss != "copy") and evidence.kl_nats is None:
         yield _error(f"numerics {profile.numerics}: its cost was not measured; python -m harness.quality --write")
 
 

@@ -194,7 +194,7 @@ def _unasked(profile: Profile, match: MatchResult) -> str:
         return "does not say which model it is for: taken only where it is named"
     if match.level == "stale":
         return "is stale: taken only where it is named"
-    if profile.numerics in LOSSY:
+    if profile.numerics in LOSSY or profile.miss != "copy":
         return f"numerics {profile.numerics} changes results: taken only where it is named"
     return ""
 

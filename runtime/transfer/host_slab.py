@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -38,6 +38,7 @@ class HostSlab:
 
     def __init__(self, store: ExpertStore, *, io_threads: int = 2, limit_bytes: int | None = None) -> None:
         self.num_experts = store.num_experts
+        self._views: dict[int, Mapping[str, torch.Tensor]] = {}
         self._rows = {expert: row for row, expert in enumerate(store.experts)}
         self._places, self.num_bytes = _lay_out(store.tensors(store.experts[0]))
         self.slot_bytes = align(self.num_bytes, PAGE_BYTES)
@@ -76,6 +77,14 @@ class HostSlab:
     def tensors(self, expert: int) -> tuple[TensorPlace, ...]:
         """Places of an expert's tensors in its slot, in the order of the layer's parameters: the same for all."""
         return self._places
+
+    def weights(self, expert: int) -> Mapping[str, torch.Tensor] | None:
+        """The tensors of an expert where they rest, no copy; None would mean that it is not in host memory now."""
+        known = self._views.get(expert)
+        if known is None:
+            row = self._rows[expert]
+            known = self._views[expert] = {place.name: self.arena.view(row, place) for place in self._places}
+        return known
 
     def _fill(self, store: ExpertStore, io_threads: int) -> None:
         staging = SlotArena(min(_STAGING_SLOTS, len(self._rows)), store.slot_bytes)

@@ -97,7 +97,7 @@ def test_figures_are_written_into_the_profile(
     save_profile(profile, path)
     found = _measure(capsys, "--profile", path, "--model", tiny_checkpoint, "--write")
     evidence = load_profile(path).evidence
-    names = ("kl_nats", "perplexity_ratio", "top1_agreement")
+    names = ("kl_nats", "perplexity_ratio", "top1_agreement", "max_logit_error")
     assert evidence == Evidence(seed=7, **{name: found[name] for name in names})
     assert load_profile(path).model_copy(update={"evidence": profile.evidence}) == profile
     with runtime.load(path, tiny_checkpoint) as engine:
