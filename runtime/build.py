@@ -290,6 +290,7 @@ def _build_pool(
         prefetch_count=profile.prefetch.count,
         predict_every=profile.predictor.every if profile.predictor.kind != "periodic" else 1,
         refreshes=profile.numerics in LOSSY,
+        streams=not tier.slots.is_on_host,
         needed_loads=needed,
     )
     return Pool(tier.places, tier.slots, coordinator, tier.host)

@@ -14,6 +14,7 @@ Experts that are computed on the host (`HostArrival`) are rounded otherwise, and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property, partial
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, _grouped_linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, _grouped_mm
 
 from runtime.gemv import Rows, gemv
 
@@ -201,7 +202,7 @@ class EagerKernel(Kernel):
             token, hidden, share = self._chosen_by(expert)
             rows = self._feed_forward(self._cast(hidden), weights, self._linear, self._activate)
             rows = rows * self._cast(share)
-            self._waiting[expert] = (token, rows.to(self._final.dtype))
+            self._waiting[expert] = (token, rows if rows.dtype == self._final.dtype else rows.to(self._final.dtype))
         self._accumulate()
 
     def _accept(self, computed: HostRows) -> None:
@@ -227,10 +228,8 @@ class EagerKernel(Kernel):
         [n, 1]. A single token is None: it needs no gathering, each step of which is a kernel of its own on a GPU."""
         if self._shares is not None:
             return None, self.hidden, self._shares[expert]
-        experts, tokens, ranks = self._by_expert
-        rows = slice(*np.searchsorted(experts, [expert, expert + 1]))
-        token = tokens[rows]
-        return token, self.hidden[token], self.weights[token, ranks[rows], None]
+        token, hidden, share = self._by_expert[expert]
+        return token, self.hidden[token] if hidden is None else hidden, share
 
     @cached_property
     def _shares(self) -> dict[int, torch.Tensor] | None:
@@ -241,12 +240,18 @@ class EagerKernel(Kernel):
         return dict(zip(chosen, self.weights.split(1, dim=1), strict=True))
 
     @cached_property
-    def _by_expert(self) -> tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor]:
-        """The experts of all rows, ascending and by rank; the tokens and ranks of these rows."""
-        flat = self._choice.T.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        ranks, tokens = np.divmod(order, len(self._choice))
-        return flat[order], *_upload(np.stack([tokens, ranks]), self.hidden.device)
+    def _by_expert(self) -> dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+        """What `_chosen_by` says of each expert, as views of what is gathered for all at once. The hidden states are
+        None where they have to be gathered alone, to be aligned as the class's own are."""
+        by_rank = self._choice.T.reshape(-1)
+        ranks, tokens = np.divmod(_ascending(by_rank), len(self._choice))
+        experts, sizes = _count(by_rank)
+        token, rank = _upload(np.stack([tokens, ranks]), self.hidden.device)
+        hidden: Sequence[torch.Tensor | None] = [None] * len(sizes)
+        if _may_gather_at_once(self.hidden, len(by_rank)):
+            hidden = self.hidden[token].split(sizes)
+        views = zip(token.split(sizes), hidden, self.weights[token, rank, None].split(sizes), strict=True)
+        return dict(zip(experts, views, strict=True))
 
     def result(self) -> torch.Tensor:
         assert self._next is None, f"expert {self._next} was never added"
@@ -297,21 +302,28 @@ class RowKernel(Kernel):
         is_unshared = torch.get_num_threads() == 1 or self._flat.size * num_columns < _GRAIN
         return self._has_default_gate and is_unshared
 
-    def _put(self, positions: torch.Tensor, computed: torch.Tensor) -> None:
-        if self._rows is None:
-            self._rows = computed.new_zeros(self._flat.size, computed.shape[-1])
-        self._rows[positions] = computed
+    def _weigh(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The sum [t, H] over the ranks of `rows` [t * K, H], which are overwritten, times their `weights` [t, K]."""
+        shares = weights.reshape(-1, 1)
+        # In place where the product has the rows' dtype: a long prompt's rows are the largest activation there is.
+        weighted = rows.mul_(shares) if shares.dtype == rows.dtype else rows * shares
+        return weighted.view(*weights.shape, -1).sum(dim=1).to(self.hidden.dtype)
 
     def _accept(self, computed: HostRows) -> None:
-        self._put(computed.positions, computed.rows)
+        if self._rows is None:
+            self._rows = computed.rows.new_zeros(self._flat.size, computed.rows.shape[-1])
+        self._rows[computed.positions] = computed.rows
 
     def result(self) -> torch.Tensor:
-        if self._rows is None:
-            return torch.zeros_like(self.hidden)
-        weights = self.weights.reshape(-1, 1)
-        # In place where the product has the rows' dtype: a long prompt's rows are the largest activation there is.
-        weighted = self._rows.mul_(weights) if weights.dtype == self._rows.dtype else self._rows * weights
-        return weighted.view(*self.index.shape, -1).sum(dim=1).to(self.hidden.dtype)
+        return torch.zeros_like(self.hidden) if self._rows is None else self._weigh(self._rows, self.weights)
+
+
+class _Group(NamedTuple):
+    """The rows of one expert among those of all, sorted: where they start, the rows [n, H], and [1] their number."""
+
+    start: int
+    rows: torch.Tensor
+    num_rows: torch.Tensor
 
 
 class GroupedKernel(RowKernel):
@@ -329,29 +341,75 @@ class GroupedKernel(RowKernel):
         row does not depend on its place, and asking for theirs would make the host wait.
         """
         if self.index.device.type != "cpu":
-            order = np.argsort(self._flat, kind="stable")
+            order = _ascending(self._flat)
             return self._flat[order], order
         experts, rows = torch.sort(self.index.reshape(-1))
         return experts.numpy(), rows.numpy()
 
     @cached_property
-    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows in that order, and the token of each."""
-        rows = self._sorted[1]
-        return _upload(np.stack([rows, rows // self.index.shape[-1]]), self.hidden.device)
+    def _places(self) -> torch.Tensor:
+        """[3, T * K]: the token of each row in that order, where each row went, and the rows of each expert that has
+        any, in the first places."""
+        order, num_rows = self._sorted[1], np.zeros_like(self._flat)
+        where, sizes = np.empty_like(order), _count(self._flat)[1]
+        where[order], num_rows[: len(sizes)] = np.arange(order.size), sizes
+        return _upload(np.stack([order // self.index.shape[-1], where, num_rows]), self.hidden.device)
+
+    @cached_property
+    def _gathered(self) -> torch.Tensor:
+        """The hidden states of all rows in that order, [T * K, H]."""
+        return self.hidden[self._places[0]]
+
+    @cached_property
+    def _groups(self) -> dict[int, _Group]:
+        """The group of every expert."""
+        experts, sizes = _count(self._flat)
+        starts = (np.cumsum(sizes) - sizes).tolist()
+        num_rows = self._places[2, : len(sizes)].to(torch.int32).split(1)
+        groups = map(_Group, starts, _split(self._gathered, sizes), num_rows)
+        return dict(zip(experts, groups, strict=True))
 
     def add(self, arrivals: Sequence[Arrival]) -> None:
-        positions, tokens = self._places
         for expert, weights in arrivals:
-            own = slice(*np.searchsorted(self._sorted[0], [expert, expert + 1]))
-            activate = partial(self._activate_among, expert)
-            self._put(positions[own], self._feed_forward(self.hidden[tokens[own]], weights, self._linear, activate))
+            group = self._groups[expert]
+            linear, activate = partial(self._linear, group.num_rows), partial(self._activate_among, group.start)
+            self._put(group, self._feed_forward(group.rows, weights, linear, activate))
 
-    def _activate_among(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """Activate the rows of `expert` as transformers' call does, where they stand among those of all experts."""
+    def _put(self, group: _Group, computed: torch.Tensor) -> None:
+        """Keep what was computed of a group: in its place, which nobody reads any more, if it fits there."""
+        kept = self._room_for(computed)
+        rows = group.rows if kept is self._gathered else kept[group.start : group.start + len(computed)]
+        rows.copy_(computed)
+
+    def _accept(self, computed: HostRows) -> None:
+        self._room_for(computed.rows)[self._places[1][computed.positions]] = computed.rows
+
+    def _room_for(self, computed: torch.Tensor) -> torch.Tensor:
+        """Where rows like `computed` are kept, [T * K, H] in sorted order."""
+        gathered = self._gathered
+        if self._rows is None:
+            is_alike = computed.dtype == gathered.dtype and computed.shape[-1] == gathered.shape[-1]
+            self._rows = gathered if is_alike else computed.new_zeros(len(gathered), computed.shape[-1])
+        return self._rows
+
+    def result(self) -> torch.Tensor:
+        """See `Kernel.result`."""
+        if self._rows is None:
+            return torch.zeros_like(self.hidden)
+        num_chosen = int(np.searchsorted(self._sorted[0], self.module.num_experts))
+        if num_chosen < len(self._rows):
+            self._rows[num_chosen:] = 0.0  # of no expert
+        top_k = self.index.shape[-1]
+        at_once = max(1, _AT_ONCE_BYTES // (top_k * self._rows.shape[-1] * self._rows.element_size()))
+        parts = zip(self._places[1].split(at_once * top_k), self.weights.split(at_once), strict=True)
+        sums = [self._weigh(self._rows[where], weights) for where, weights in parts]
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+    def _activate_among(self, start: int, x: torch.Tensor) -> torch.Tensor:
+        """Activate the rows of one expert as transformers' call does, where they stand among those of all experts: from
+        row `start` on."""
         if self._rows_are_independent(x) or x.device.type != "cpu" or not self.module.has_gate:
             return self._activate(x)
-        start = int(np.searchsorted(self._sorted[0], expert))
         if self._has_default_gate:
             return self._activate_in_parts(start, x)
         among = x.new_zeros(self._flat.size, x.shape[-1])
@@ -378,10 +436,48 @@ class GroupedKernel(RowKernel):
                 row = stop
         return torch.cat(out)
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        end = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
-        rows = None if bias is None else bias.expand(x.shape[0], -1)
-        return _grouped_linear(x, weight.unsqueeze(0), end, bias=rows, is_transposed=self.module.is_transposed)
+    def _linear(
+        self, num_rows: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        (num_in, num_out), (row, column) = weight.shape, weight.stride()
+        size, stride = (1, num_in, num_out), (num_in * row, row, column)
+        if not self.module.is_transposed:
+            size, stride = (1, num_out, num_in), (num_in * row, column, row)
+        out = _grouped_mm(x, weight.as_strided(size, stride), offs=num_rows)  # a view: as by unsqueeze and transpose
+        return out if bias is None else out.add_(bias)
+
+
+_AT_ONCE_BYTES = 128 << 20
+"""Rows are copied in another order for so many bytes at a time: all at once they would need twice their memory."""
+
+
+def _split(rows: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Views of `sizes` rows each, one after the other, that can be written to."""
+    if not rows.requires_grad:
+        parts: tuple[torch.Tensor, ...] = rows.split(sizes)
+        return parts
+    starts = np.cumsum(sizes) - sizes  # autograd forbids to write to what was split
+    return [rows[start : start + size] for start, size in zip(starts.tolist(), sizes, strict=True)]
+
+
+def _may_gather_at_once(hidden: torch.Tensor, num_rows: int) -> bool:
+    """Whether parts of a tensor of so many rows like those of `hidden` do for tensors of their own: not too many bytes,
+    and aligned like what torch allocates, as MKL's results and cuBLAS's choice of kernels depend on that."""
+    row_bytes = hidden.shape[-1] * hidden.element_size()
+    alignment_bytes = 64 if hidden.device.type == "cpu" else 256
+    return row_bytes % alignment_bytes == 0 and num_rows * row_bytes <= _AT_ONCE_BYTES
+
+
+def _ascending(experts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where each place of the sorted `experts` was before; equal ones keep their order."""
+    return np.argsort(experts.astype(np.uint16), kind="stable")  # short integers are sorted by their digits
+
+
+def _count(experts: npt.NDArray[np.int64]) -> tuple[list[int], list[int]]:
+    """The distinct ones of `experts`, ascending, and how many there are of each."""
+    counts = np.bincount(experts)
+    distinct = np.flatnonzero(counts)
+    return distinct.tolist(), counts[distinct].tolist()
 
 
 def send(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -389,10 +485,9 @@ def send(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
     return rows if device.type == "cpu" else rows.pin_memory().to(device, non_blocking=True)
 
 
-def _upload(pair: npt.NDArray[np.int64], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two rows of `pair` on the device; the host does not wait for the copy."""
-    there = send(torch.from_numpy(pair), device)
-    return there[0], there[1]
+def _upload(places: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """`places` on the device; the host does not wait for the copy."""
+    return send(torch.from_numpy(places), device)
 
 
 class GemvKernel(RowKernel):
@@ -484,9 +579,9 @@ class LayerRunner:
 
 def _distinct(choice: npt.NDArray[np.int64], num_experts: int) -> tuple[list[int], list[int]]:
     """Experts chosen, ascending, and how many tokens chose each; indices past the last expert mean "none"."""
-    counts = np.bincount(choice.reshape(-1), minlength=num_experts)[:num_experts]
-    experts = np.flatnonzero(counts)
-    return experts.tolist(), counts[experts].tolist()
+    experts, counts = _count(choice.reshape(-1))
+    num_chosen = bisect_left(experts, num_experts)
+    return experts[:num_chosen], counts[:num_chosen]
 
 
 class ResidentSource:

@@ -13,7 +13,8 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from runtime.experts import Arrival, EagerKernel, GroupedKernel
+from runtime import experts
+from runtime.experts import Arrival, EagerKernel, GroupedKernel, Kernel
 
 HIDDEN, TOP_K, EXPERTS = 32, 2, 3
 
@@ -71,9 +72,57 @@ def test_the_eager_kernel_adds_up_as_the_class_does(index: list[list[int]], dtyp
     chosen = torch.tensor(index)
     hidden = torch.randn(len(index), HIDDEN, generator=generator).to(dtype)
     weights = torch.rand(len(index), TOP_K, generator=generator)
-    experts = sorted(set(chosen.reshape(-1).tolist()))
-    kernel = EagerKernel(module, hidden, chosen, weights, experts, chosen.numpy())
-    for expert in reversed(experts):
+    demanded = sorted(set(chosen.reshape(-1).tolist()))
+    kernel = EagerKernel(module, hidden, chosen, weights, demanded, chosen.numpy())
+    for expert in reversed(demanded):
         kernel.add([Arrival(expert, {name: parameter[expert] for name, parameter in module.named_parameters()})])
     config._experts_implementation = "eager"
     assert torch.equal(kernel.result(), module(hidden, chosen, weights))
+
+
+@pytest.mark.parametrize("num_columns", [HIDDEN, 20])  # rows that end where torch's allocations may begin, and not
+@pytest.mark.parametrize("kernel", [EagerKernel, GroupedKernel])
+@torch.inference_mode()
+def test_many_tokens_at_once_or_a_few_at_a_time(
+    kernel: type[Kernel], num_columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Qwen3MoeConfig(hidden_size=num_columns, moe_intermediate_size=24, num_experts=EXPERTS)
+    module, generator = Qwen3MoeExperts(config), torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.normal_(0.0, 0.2, generator=generator)
+    hidden = torch.randn(37, num_columns, generator=generator)
+    index = torch.rand(37, EXPERTS + 1, generator=generator).topk(TOP_K).indices  # one past the last: none
+    weights = torch.rand(37, TOP_K, generator=generator)
+
+    def result() -> torch.Tensor:
+        found = kernel(module, hidden, index, weights, range(EXPERTS), index.numpy())
+        for expert in (2, 0, 1):
+            found.add([Arrival(expert, {name: parameter[expert] for name, parameter in module.named_parameters()})])
+        return found.result()
+
+    at_once = result()
+    expected = torch.zeros_like(hidden)
+    for expert in range(EXPERTS):
+        gate, up = (hidden @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+        share = torch.where(index == expert, weights, 0.0).sum(dim=1, keepdim=True)
+        expected += share * ((torch.nn.functional.silu(gate) * up) @ module.down_proj[expert].T)
+    torch.testing.assert_close(at_once, expected)
+    for num_bytes in (1, 5 * TOP_K * num_columns * 4):
+        monkeypatch.setattr(experts, "_AT_ONCE_BYTES", num_bytes)
+        assert torch.equal(result(), at_once)
+
+
+@pytest.mark.parametrize("kernel", [EagerKernel, GroupedKernel])
+def test_hidden_states_that_autograd_follows(kernel: type[Kernel]) -> None:
+    config = Qwen3MoeConfig(hidden_size=HIDDEN, moe_intermediate_size=24, num_experts=EXPERTS)
+    module, generator = Qwen3MoeExperts(config).requires_grad_(False), torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.normal_(0.0, 0.2, generator=generator)
+    hidden, index = torch.randn(5, HIDDEN, generator=generator), torch.tensor([[0, 1], [2, 1], [0, 2], [1, 0], [2, 0]])
+    found = []
+    for follows in (False, True):
+        one = kernel(module, hidden.requires_grad_(follows), index, torch.ones(5, TOP_K), range(EXPERTS), index.numpy())
+        for expert in range(EXPERTS):
+            one.add([Arrival(expert, {name: parameter[expert] for name, parameter in module.named_parameters()})])
+        found.append(one.result().detach())
+    assert torch.equal(*found)

@@ -58,6 +58,29 @@ def test_the_same_tokens_at_every_budget(checkpoint: Path, slots: int | str, dec
         assert any("pinned host memory" in note for note in engine.notes)
 
 
+@torch.inference_mode()
+def _logits(engine: runtime.Engine, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Of a prompt, of a token, and of the prompt once more with the slots as that left them."""
+    return [engine.model(tokens).logits for tokens in (ids, ids[:, :1], ids)]
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("prefill", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("slots", [1, 4, "25%", EXPERTS, "100%"])
+def test_a_long_prompt_streams_and_equals_the_resident_model(checkpoint: Path, slots: int | str, prefill: str) -> None:
+    overrides = {"cache.slots": slots, "compute.prefill": prefill}
+    with runtime.load_reference(checkpoint, overrides=overrides) as reference:
+        ids = torch.arange(400)[None] * 7 % reference.model.config.vocab_size
+        expected = _logits(reference, ids)
+    assert expected[0].isfinite().all() and expected[0].std() > 0.1
+    with runtime.load(checkpoint, overrides=overrides) as engine:
+        found = _logits(engine, ids)
+        assert all(map(torch.equal, found, expected))
+        engine.check_integrity()
+        cache = engine.stats().cache
+        assert cache.num_prefetch_used >= LAYERS * (1 if slots == 1 else min(EXPERTS, engine.num_slots) // 2)
+
+
 @pytest.mark.usefixtures("late")
 def test_the_kernel_of_the_cpu_is_replaced_and_said(checkpoint: Path) -> None:
     with runtime.load(checkpoint) as engine:

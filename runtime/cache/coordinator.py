@@ -3,18 +3,23 @@ arrive."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.cache.governor import Governor, Reading
 from runtime.cache.miss import Misses
 from runtime.cache.residency import Count, Residency
+from runtime.cache.streaming import Streaming
 from runtime.errors import TransferError
 from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
 from runtime.transfer.base import Transfer
 from runtime.vocabulary import Load, LoadReason, Pass, Phase, Plan
+
+_NO_SLOT = "no expert slot is left: reads into them have not returned; check the disk"
 
 
 class Coordinator:
@@ -27,6 +32,9 @@ class Coordinator:
         predict_every: decode steps for which a forecast is reused.
         refreshes: before a pass, the slots are given to the experts that its forecast names, as far as there is one.
             For an engine that does not load what it misses.
+        streams: a pass that needs most experts loads whole layers ahead of their routers (see `Streaming`), and a layer
+            that has more experts than there are slots is served as a ring: each expert that has been computed hands its
+            slot to the next load at once. For a device that computes in the order in which it is told, without waiting.
         needed_loads: where given, every load that the run needed is appended, in the order in which it was needed:
             demand loads, and prefetches at their first use.
 
@@ -44,6 +52,7 @@ class Coordinator:
         prefetch_count: int,
         predict_every: int = 1,
         refreshes: bool = False,
+        streams: bool = False,
         needed_loads: list[Load] | None = None,
     ) -> None:
         self.residency, self.transfer, self.predictor = residency, transfer, predictor
@@ -52,6 +61,9 @@ class Coordinator:
         self._forecast: Forecast | None = None
         self._waiting: list[tuple[int, int]] = []  # experts to prefetch that have no slot, and layers until each
         self.refreshes = refreshes
+        self._streaming = Streaming(residency.num_experts, residency.top_k) if streams and not refreshes else None
+        self._stream: list[int] = []  # experts of the next layer that wait for a slot
+        self._lacked: tuple[int, npt.NDArray[np.bool_]] | None = None  # that layer, and what it lacked: [experts]
         self.needed_loads = needed_loads
         self.misses: Misses | None = None
 
@@ -62,10 +74,17 @@ class Coordinator:
                 self.residency.readmit(slot)
         self._depth = self.governor.depth(passing.phase, passing.num_tokens, self._reading())
         self.predictor.begin(passing)
+        self._stream, self._lacked = [], None
+        if self._streaming is not None:
+            self._streaming.begin(passing.num_tokens)
         if self.refreshes:
             self._refresh()
+            return
+        self._predict(BEFORE_FIRST_LAYER)
+        if self._is_streaming:
+            self.residency.keep_for_pass(BEFORE_FIRST_LAYER)
+            self._begin_stream(BEFORE_FIRST_LAYER)
         else:
-            self._predict(BEFORE_FIRST_LAYER)
             self._prefetch(BEFORE_FIRST_LAYER, passing.num_tokens)
 
     def serve(
@@ -88,18 +107,27 @@ class Coordinator:
         num_tokens = len(observation.experts)
         self._land(demand)
         self._note_used_prefetches(demand)
+        self._note_lacked(layer, demand)
+        if self._is_streaming:
+            self.residency.keep_for_pass(layer)
         if self.residency.foresees:  # what the layer chose says which victims are best; else loads need not wait for it
             self._predict(layer, observation)
         plan = self._plan(layer, demand, tokens, num_tokens)
         self._act(plan)
         if not self.residency.foresees:
             self._predict(layer, observation)
-        self._prefetch(layer, num_tokens)
+        if self._is_streaming:
+            self._begin_stream(layer, is_full=bool(plan.deferred))
+        else:
+            self._prefetch(layer, num_tokens)
+        if self._is_ring(plan):
+            yield from self._in_turn(layer, plan, num_tokens)
+            return
         yield from self._arrivals(layer, plan)
         while plan.deferred:
             plan = self.residency.plan(layer, plan.deferred, [0] * len(plan.deferred), num_tokens, first=False)
             if not (plan.hits or plan.awaited):
-                raise TransferError("no expert slot is left: reads into them have not returned; check the disk")
+                raise TransferError(_NO_SLOT)
             self._act(plan)
             yield from self._arrivals(layer, plan)
 
@@ -161,12 +189,59 @@ class Coordinator:
             return
         if observation is not None:
             passing = observation.passing
+            if self._is_streaming and self.predictor.reads_hidden:
+                return  # its routers cost more than the stream leaves to be gained
             if passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0:
                 self.predictor.observe(layer, observation)
         self._forecast = self.predictor.forecast(layer)
         if self._forecast is not None and self.residency.foresees:
             first = 0 if self.predictor.sees_next_pass else layer + 1
             self.residency.foresee(self._forecast, first, self.predictor.waits())
+
+    @property
+    def _is_streaming(self) -> bool:
+        return self._streaming is not None and self._streaming.is_on
+
+    def _is_ring(self, plan: Plan) -> bool:
+        """Slots are handed on one by one, or loads come in the order in which they were submitted."""
+        if self._streaming is None:
+            return False
+        return bool(plan.deferred or self._stream or (self._is_streaming and plan.awaited))
+
+    def _note_lacked(self, layer: int, demand: Sequence[int]) -> None:
+        """Let `_streaming` see how many of the experts that `layer` lacked before its router spoke are needed."""
+        if self._streaming is None:
+            return
+        streamed, lacked = self._lacked or (-1, None)
+        if lacked is None or streamed != layer:
+            lacked = ~self.residency.present(layer)
+        needed = lacked[np.array(demand) - layer * self.residency.num_experts]
+        self._streaming.saw(int(lacked.sum()), int(needed.sum()))
+        self._stream, self._lacked = [], None
+
+    def _begin_stream(self, layer: int, *, is_full: bool = False) -> None:
+        """Load what the layer after `layer` lacks, ascending, as it will be computed. What finds no slot waits for
+        those that `layer` frees; with `is_full` everything does."""
+        self._waiting = []
+        if layer + 1 == self.residency.num_layers:
+            return
+        first, lacked = (layer + 1) * self.residency.num_experts, ~self.residency.present(layer + 1)
+        self._lacked = layer + 1, lacked
+        if not is_full and lacked.any():
+            self._stream = list(range(first, first + lacked.size))  # all: none of them goes for another one
+            self._stream_on(layer, lacked.size)
+        self._stream = [
+            expert for expert in (np.flatnonzero(lacked) + first).tolist() if self.residency.slot_of(expert) < 0
+        ]
+
+    def _stream_on(self, layer: int, most: int) -> None:
+        """Load at most so many of the experts that wait for a slot. They are loaded like demand: all are expected to be
+        needed, and in this order."""
+        wanted = self._stream[:most]
+        loads = self.residency.plan_prefetch(layer, wanted, [1] * len(wanted))
+        self.transfer.submit([load._replace(reason=LoadReason.DEMAND) for load in loads])
+        placed = {load.expert for load in loads}
+        self._stream = [expert for expert in wanted if expert not in placed] + self._stream[most:]
 
     def _prefetch(self, layer: int, num_tokens: int) -> None:
         """Load what the coming layers are forecast to need."""
@@ -223,6 +298,45 @@ class Coordinator:
                 yield arrived
                 self._release(arrived, leased)
                 self._load_ahead(layer)
+        except TransferError:
+            self.settle()
+            leased = {expert for expert in leased if self.residency.slot_of(expert) >= 0}
+            raise
+        finally:
+            self._release(tuple(leased), leased)
+
+    def _in_turn(self, layer: int, plan: Plan, num_tokens: int) -> Iterator[Sequence[int]]:
+        """All experts of a layer step one by one, in the order of their loads. Each hands its slot to the next load as
+        soon as the consumer comes back: first to those of its layer that found none, then to the next layer's."""
+        ready, awaited, deferred = deque(plan.hits), deque(plan.awaited), deque(plan.deferred)
+        leased, computed = {*ready, *awaited}, plan.computed
+        try:
+            while ready or awaited or deferred or computed:
+                if computed and not ready:
+                    yield computed
+                    computed = ()
+                    continue
+                if not ready and not awaited:
+                    raise TransferError(_NO_SLOT)
+                if not ready:
+                    arrived = self.transfer.wait_any([awaited[0]] if self._is_streaming else awaited)
+                    self.residency.complete(arrived)
+                    ready.extend(arrived)
+                    awaited = deque(expert for expert in awaited if expert not in arrived)
+                expert = ready.popleft()
+                yield (expert,)
+                self._release((expert,), leased)
+                if deferred:
+                    more = self.residency.plan(layer, [deferred[0]], [0], num_tokens, first=False)
+                    self._act(more)
+                    if not more.deferred:
+                        leased.add(deferred.popleft())
+                        ready.extend(more.hits)
+                        awaited.extend(more.awaited)
+                elif self._stream:
+                    self._stream_on(layer, 1)
+                else:
+                    self._load_ahead(layer)
         except TransferError:
             self.settle()
             leased = {expert for expert in leased if self.residency.slot_of(expert) >= 0}

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from runtime.cache import steps as compiled
 from runtime.cache import timeline
 from runtime.cache.policies import FORESEEING, ORACLE, POLICIES, TD_CONTEXT, Policy
-from runtime.cache.steps import COMPUTED, DEFERRED, FREE, NUM_FREE, WITHHELD, Count, IntArray, flat, new_state
+from runtime.cache.steps import COMPUTED, DEFERRED, FREE, NOW, NUM_FREE, WITHHELD, Count, IntArray, flat, new_state
 from runtime.cache.timeline import FloatArray, Link, Steps, Times
 from runtime.errors import BudgetError
 from runtime.vocabulary import Load, LoadReason, Lookup, Plan
@@ -77,10 +77,11 @@ class Residency:
         self._state = new_state(num_layers, num_experts, num_slots, top_k / num_experts, context=context)
         self._flat = flat(self._state)
         # Reading a field of records makes a new array each time.
-        names = ("slot_of", "ready", "leases", "prefetched", "forecast", "share", "wait")
-        self._slot_of, self._ready, self._leases, self._prefetched, self._forecast, self._share, self._wait = (
+        names = ("slot_of", "ready", "leases", "prefetched", "needed_at", "forecast", "share", "wait")
+        self._slot_of, self._ready, self._leases, self._prefetched, self._needed_at, *of_forecast = (
             self._state.experts[name] for name in names
         )
+        self._forecast, self._share, self._wait = of_forecast
         self._is_stale = self._state.layers["is_stale"]
         self.foresees = policy in FORESEEING
         self.withheld: set[int] = set()
@@ -166,6 +167,13 @@ class Residency:
         placed = zip(wanted, slots.tolist(), strict=True)
         return tuple(Load(expert, slot, LoadReason.PREFETCH) for expert, slot in placed if slot >= 0)
 
+    def keep_for_pass(self, layer: int) -> None:
+        """In a pass that needs nearly all experts: until the next layer step, those of the layers after `layer` go only
+        where there is no other, and never for a prefetch of the layer after it. Called before `layer` is planned."""
+        first = (layer + 1) * self.num_experts
+        self._needed_at[first:] = self._state.scalars[NOW] + 2
+        self._is_stale[layer + 1 :] = True
+
     def plan_refresh(self, forecast: npt.NDArray[np.floating[Any]]) -> tuple[Load, ...]:
         """Loads, in execution order, after which the slots hold the experts with the most expected tokens (eMoE, arXiv
         2503.06823, section 3.3). Called between passes.
@@ -182,7 +190,7 @@ class Residency:
         is_spare = rank >= self.top_k
         best = np.lexsort((is_absent.ravel(), -forecast.ravel(), is_spare.ravel()))[: self.num_slots]
         wanted = np.sort(best[(forecast.ravel()[best] > 0) | ~is_spare.ravel()[best]])
-        self._state.experts["needed_at"] = -1  # no earlier forecast protects what this one leaves out
+        self._needed_at[:] = -1  # no earlier forecast protects what this one leaves out
         self._is_stale[:] = True
         return self.plan_prefetch(-1, wanted.tolist(), (wanted // self.num_experts + 1).tolist())
 

@@ -3,6 +3,9 @@ traces at once.
 
 Lookup, victims and bookkeeping are `steps`, the engine's own. What stands here is when: which load the link performs
 while what is computed, and so which experts have arrived when they are asked for. A test holds it to the coordinator.
+
+Passes that stream (a coordinator with `streams`, as of a GPU) are not replayed here: every layer step waits for its
+router. A walk through the coordinator itself on a `SimulatedTransfer` does stream.
 """
 
 from __future__ import annotations

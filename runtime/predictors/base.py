@@ -49,10 +49,12 @@ class Predictor(ABC):
             less layers ahead over layers in all (MoE-Infinity), instead of layer by layer in execution order.
         sees_next_pass: rows of the forecast up to the layer just routed are about the next pass; otherwise they mean
             nothing.
+        reads_hidden: `observe` computes with the router's input, and learns nothing from it that outlasts the pass.
     """
 
     by_likelihood: bool = False
     sees_next_pass: bool = False
+    reads_hidden: bool = False
 
     def begin(self, passing: Pass) -> None:  # noqa: B027 -- optional: most predictors only need `observe`
         """A forward pass starts; the one before it, if any, is complete."""

@@ -78,6 +78,8 @@ class _Corrected:
 class GateLookahead(Predictor):
     """Args: routers of the pool's layers in execution order; num_experts per layer; depth in layers ahead (>= 1)."""
 
+    reads_hidden = True
+
     def __init__(self, routers: Sequence[LookaheadRouter], num_experts: int, depth: int) -> None:
         self._routers, self._depth, self._corrected = routers, depth, _Corrected(routers)
         self._forecast: Forecast = np.zeros((len(routers), num_experts), np.float32)

@@ -40,7 +40,8 @@ class Transfer(ABC):
 
     @abstractmethod
     def submit(self, loads: Sequence[Load]) -> None:
-        """Queue `loads`, in order, demand before every queued prefetch. Returns at once.
+        """Queue `loads`, in order, demand before every queued prefetch. Returns at once. Demand may all be started at
+        once.
 
         If an earlier load is queued for one of the slots it is cancelled; if one is under way, the new load starts
         after it has ended. Loads of one call for the same slot, or an expert that is already queued, are caller's bugs.

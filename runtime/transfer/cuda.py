@@ -4,8 +4,8 @@ The host waits for nothing here but in `drain`. Two rules keep a slot's content 
 a copy into a slot starts after everything that was enqueued on the compute stream when the load was submitted (so after
 every kernel that reads what the slot held), and what is computed after `wait_any` starts after the copy has ended.
 
-Demand is copied at once, whole. A prefetch is copied piece by piece and only as long as little is under way, because
-what is enqueued on a stream cannot be overtaken any more.
+Demand is copied at once, whole: the link never waits for the host while something is needed. A prefetch is copied piece
+by piece and only as long as little is under way, because what is enqueued on a stream cannot be overtaken any more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from runtime.errors import TransferError
 from runtime.transfer.base import Transfer, TransferStats
 from runtime.transfer.queue import LoadQueue, LoadState, QueuedLoad
-from runtime.vocabulary import Load, LoadReason
+from runtime.vocabulary import Load
 
 
 class Lane(enum.IntEnum):
@@ -116,8 +116,8 @@ class CudaTransfer(Transfer):
         streams: the device. num_slots: that it has.
         describe: names an expert for messages.
         piece_bytes: a prefetch can be overtaken after so many bytes.
-        window_bytes: under way at most, but for what `wait_any` is called for. Enough to keep the link busy from one
-            call of this object to the next.
+        window_bytes: while so much is under way no prefetch is enqueued. Enough to keep the link busy from one call of
+            this object to the next.
     """
 
     def __init__(
@@ -292,12 +292,12 @@ class CudaTransfer(Transfer):
             self._streams.synchronize(flight.end)
 
     def _pump(self) -> None:
-        """Enqueue what there is room for: demand first."""
+        """Enqueue all demand, and of the prefetches what there is room for."""
+        for load in self._queue.demanded:
+            self._enqueue_rest(load)
         while self._bytes_under_way < self._window_bytes and (taken := self._queue.take()) is not None:
             load, piece = taken
-            is_demand = load.reason is LoadReason.DEMAND
-            last = self._queue.take_rest(load).stop if is_demand else piece + 1
-            self._enqueue(load, range(piece, last), ())
+            self._enqueue(load, range(piece, piece + 1), ())
 
     def _enqueue_rest(self, load: QueuedLoad) -> None:
         """Enqueue what is left of a load, behind what is still on its way to the slot."""

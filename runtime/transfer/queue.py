@@ -117,6 +117,11 @@ class LoadQueue:
         """True when a piece is still to be taken, now or later."""
         return any(self._waiting)
 
+    @property
+    def demanded(self) -> list[QueuedLoad]:
+        """Demand loads of which a piece is still to be taken."""
+        return list(self._waiting[LoadReason.DEMAND])
+
     def promote(self, expert: int) -> None:
         """Move what is left of a prefetch behind the queued demand loads."""
         load = self._by_expert.get(expert)

@@ -76,6 +76,47 @@ def test_logits_equal_the_resident_models_to_the_bit(prefill: str, decode: str, 
         assert stats.num_loads > 0 and stats.cache.num_lookups > 0
 
 
+@cache
+def long_prompt() -> torch.Tensor:
+    """[1, tokens], more than a thousand: nearly every expert of every layer is needed."""
+    with runtime.load(bundled_model(), device=DEVICE, overrides={"cache.slots": 1}) as engine:
+        ids = engine.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    repeats = -(-1024 // ids.shape[1])
+    return ids.repeat(1, repeats)
+
+
+@torch.inference_mode()
+def prompt_logits(model: Any) -> list[torch.Tensor]:
+    """Of a long prompt, [tokens, vocabulary], twice: the second finds the slots as the first has left them."""
+    return [model(long_prompt().to(DEVICE)).logits[0].cpu() for _ in range(2)]
+
+
+@cache
+def resident_prompt(prefill: str, dtype: str) -> torch.Tensor:
+    overrides = kernels(prefill, "eager")
+    with runtime.load_reference(bundled_model(), device=DEVICE, dtype=DTYPES[dtype], overrides=overrides) as reference:
+        first, second = prompt_logits(reference.model)
+    assert torch.equal(first, second), "the resident model itself does not repeat its bits"
+    return first
+
+
+@pytest.mark.parametrize(("prefill", "dtype"), [("grouped_mm", "bf16"), ("eager", "bf16"), ("grouped_mm", "fp32")])
+@pytest.mark.parametrize("slots", [1, 4, 16, "25%", "50%", "100%"])
+def test_a_long_prompt_streams_whole_layers_and_changes_nothing(prefill: str, dtype: str, slots: int | str) -> None:
+    expected = resident_prompt(prefill, dtype)
+    assert expected.isfinite().all() and expected.std() > 0.1
+    overrides = kernels(prefill, "eager") | NO_PREFETCH | {"cache.slots": slots}
+    with runtime.load(bundled_model(), device=DEVICE, dtype=DTYPES[dtype], overrides=overrides) as engine:
+        for found in prompt_logits(engine.model):
+            assert torch.equal(found, expected)
+        engine.check_integrity()
+        used = engine.stats().cache.num_prefetch_used
+        assert used > 0, "nothing was loaded ahead of a router"
+        num_layers, num_experts = engine.routing_shape
+        num_loads = engine.stats().num_loads
+        assert num_loads <= 2 * num_layers * num_experts, "an expert was loaded more than once in a pass"
+
+
 @pytest.mark.parametrize(
     "overrides", [NO_PREFETCH, {"prefetch.depth": 2, "prefetch.count": 4, "prefetch.on_trial": False}]
 )

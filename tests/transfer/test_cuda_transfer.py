@@ -123,6 +123,7 @@ def test_demand_overtakes_a_prefetch_at_its_next_piece() -> None:
     streams = FakeStreams(NUM_EXPERTS, NUM_SLOTS, NUM_BYTES)
     transfer = transfer_of(streams, window_bytes=1)
     transfer.submit([prefetch(0, 0)])
+    streams.run()
     transfer.submit([demand(1, 1)])
     streams.run()
     for _ in range(4):
