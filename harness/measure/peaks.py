@@ -18,8 +18,8 @@ class Peak(Protocol):
 
 
 def peak_on(device: str | None) -> Peak:
-    """Of this process from now on; `device` is what torch calls the GPU, None: the host's memory."""
-    return HostPeak() if device is None else GpuPeak(device)
+    """Of this process from now on; `device` is what torch calls the one that computes, None: the CPU."""
+    return HostPeak() if device in (None, "cpu") else GpuPeak(device)
 
 
 class HostPeak:
