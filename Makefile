@@ -32,8 +32,8 @@ $(VENV)/.compare: $(VENV)/.core
 	@$(PY) -m pip install --quiet --editable '.[compare]'
 	@touch $@
 
-# The demo would fit any machine; the limit makes it a model that does not.
-tune: ARGS ?= --max-memory 704MiB
+# The demo would fit any machine; --demo limits the memory, the GPU's if there is one, so that it does not.
+tune: ARGS ?= --demo
 tune: $(VENV)/.core
 	@$(PY) -m harness.tune $(ARGS)
 

@@ -22,6 +22,7 @@ from runtime.machine import format_bytes
 
 if TYPE_CHECKING:
     from runtime.facts import ModelFacts
+    from runtime.model import LoadedModel
 
 DEMO_EXPERT_BYTES = 1 << 20
 """Of the widened demo model that is probed and tuned where no other is named."""
@@ -37,8 +38,8 @@ class Probe:
 
     Attributes:
         device: "cpu", or "cuda:NAME" of the GPU whose copies were timed.
-        curve: disk to memory. compute: one expert. copies: between host and that GPU; None without one.
-        verdicts: on the disk and on the GPU's link.
+        curve: disk to memory. compute: one expert on the CPU. copies: between host and that GPU; None without one.
+        verdicts: on the disk and on the GPU's link. gpu_compute: one expert on the GPU.
     """
 
     device: str
@@ -50,6 +51,7 @@ class Probe:
     compute: tuple[ExpertTime, ...]
     copies: Copies | None
     verdicts: tuple[Judgement, ...]
+    gpu_compute: tuple[ExpertTime, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -66,6 +68,7 @@ class Probe:
             *(line for gpu in nvml.gpus for line in _gpu_lines(gpu)),
             *_curve_lines(self.curve),
             *_compute_lines(self.compute),
+            *_compute_lines(self.gpu_compute, " on the GPU"),
             *(() if self.copies is None else copy_lines(self.copies, _size)),
             *(f"{'verdict' if not number else '':<11}{one.subject}: {one}" for number, one in enumerate(self.verdicts)),
         ]
@@ -84,7 +87,8 @@ def take_probe(
     """Measure this machine with the files and experts of `model`, in little more than `budget_s` seconds.
 
     Args:
-        nvml: what was read before. gpu: the one whose copies are timed as well, in three times `budget_s`.
+        nvml: what was read before. gpu: the one whose copies are timed as well, in three times `budget_s`, and whose
+            computing of an expert is, in a third of it.
 
     Raises:
         ExpertFlowError: the checkpoint cannot be served or read, or CUDA does not see the GPU.
@@ -107,14 +111,15 @@ def take_probe(
         compute=measure_experts(loaded, facts.top_k, budget_s=_COMPUTE_SHARE * budget_s),
         copies=copies,
         verdicts=(disk,) if gpu is None or copies is None else (disk, copies.judge(gpu)),
+        gpu_compute=() if gpu is None else _gpu_compute(loaded, facts.top_k, gpu, _COMPUTE_SHARE * budget_s),
     )
 
 
-def default_model() -> str:
-    """The bundled demo widened to 1 MiB experts, made once and kept."""
+def default_model(expert_bytes: int = DEMO_EXPERT_BYTES) -> str:
+    """The bundled demo widened to experts of that size, made once and kept."""
     from harness.demo.widen import widened
 
-    return str(widened(DEMO_EXPERT_BYTES))
+    return str(widened(expert_bytes))
 
 
 def check_gpu(index: int, nvml: NvmlReadings) -> GpuReadings:
@@ -149,6 +154,14 @@ def _copies(gpu: GpuReadings, expert_bytes: int, budget_s: float) -> Copies:
             )
     finally:
         device.close()
+
+
+def _gpu_compute(loaded: LoadedModel, top_k: int, gpu: GpuReadings, budget_s: float) -> tuple[ExpertTime, ...]:
+    """With one thread: the host only asks for it."""
+    from harness.hardware.cuda_copies import cuda_index
+
+    device = f"cuda:{cuda_index(gpu.uuid.value)}"
+    return measure_experts(loaded, top_k, threads=(1,), budget_s=budget_s, device=device)
 
 
 def _memory_line(host: HostMemory) -> str:
@@ -193,10 +206,12 @@ def _curve_lines(curve: Curve) -> Iterator[str]:
     yield f"engine     {engine}, through its own transfer"
 
 
-def _compute_lines(times: tuple[ExpertTime, ...]) -> Iterator[str]:
+def _compute_lines(times: tuple[ExpertTime, ...], where: str = "") -> Iterator[str]:
     rows: dict[str, dict[int, float]] = {}
     for one in times:
-        rows.setdefault(f"{one.kernel} x{one.threads}", {})[one.num_tokens] = one.seconds * 1e3
+        rows.setdefault(f"{one.kernel}{where or f' x{one.threads}'}", {})[one.num_tokens] = one.seconds * 1e3
+    if not times:
+        return
     yield f"expert     {'ms for tokens':<18}" + "".join(f"{num_tokens:>9}" for num_tokens in TOKENS)
     for name, row in rows.items():
         yield f"{'':11}{name:<18}{_cells(row, TOKENS, '{:.3f}'.format)}"

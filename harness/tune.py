@@ -21,11 +21,14 @@ from typing import TYPE_CHECKING, Any
 from runtime.errors import DeviceError, ExpertFlowError, UsageError, cli_main
 
 if TYPE_CHECKING:
+    from harness.hardware.readings import NvmlReadings
     from harness.report.progress import Progress
     from harness.search.confirm import Confirmation
+    from harness.search.gpu import Gpu
     from harness.search.guide import Guide
     from harness.search.loop import Choice
     from harness.search.measurer import Measurer
+    from harness.search.outcome import Limits
     from harness.search.setup import Setup
     from harness.search.space import Params
     from harness.search.study import Study
@@ -34,10 +37,15 @@ if TYPE_CHECKING:
 PROMPT = "Once upon a time"
 OBJECTIVES = ("latency", "memory", "balanced")
 SAMPLERS = ("tpe", "gp", "nsga2", "random", "brute")
+DEMO_LIMITS = {"cpu": "704MiB", "gpu": "2GiB"}
+"""In which the demo has no room for all experts, of 1 MiB on the CPU, of `GPU_DEMO_EXPERT_BYTES` on a GPU."""
+GPU_DEMO_EXPERT_BYTES = 12 << 20
+"""As in the models that are too large for a GPU; smaller ones come so fast that keeping them gains little."""
 _FIGURES = (
     "figures    latency as a client sees it: ms per output token, waiting included, median over requests (p50);\n"
     "           peak memory of the whole process"
 )
+_GPU_FIGURES = " on the GPU: what torch reserved, and CUDA's own as far as it could be told"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,16 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     model, wanted, effort, where = (
         parser.add_argument_group(name) for name in ("what is tuned", "what is wanted", "how", "where it goes")
     )
-    model.add_argument("--model", help="checkpoint folder or hub id; default: the demo with 1 MiB experts")
-    model.add_argument("--gpu", type=int, metavar="N", help="tune for this GPU")
+    model.add_argument("--model", help="checkpoint folder or hub id; default: the demo, widened")
+    model.add_argument("--demo", action="store_true", help="the demo in too little memory for it, where none is given")
+    model.add_argument("--gpu", type=int, metavar="N", help="tune for this GPU of NVML's list; default: the first")
     model.add_argument("--device", choices=["cpu"], help="tune for the CPU, experts coming from disk")
     model.add_argument("--workload", type=Path, metavar="FILE", help="JSON lines with text; default: bundled text")
     model.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests outstanding (default 8)")
     model.add_argument("--context", type=int, default=1024, metavar="N", help="longest sequence to have memory for")
     model.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="fix a profile key")
+    rounding = "exact (default), or equivalent: on a GPU, the CPU may then compute experts that are not there"
+    model.add_argument("--numerics", choices=["exact", "equivalent"], help=rounding)
 
     wanted.add_argument("--objective", choices=OBJECTIVES, default="latency", help="(default latency)")
-    wanted.add_argument("--max-memory", metavar="SIZE", help="of the process, such as 1.5GiB; default: what is free")
+    most = "of the process, on the GPU where it computes there, such as 1.5GiB; default: what is free"
+    wanted.add_argument("--max-memory", metavar="SIZE", help=most)
     wanted.add_argument("--slo-tpot", type=float, metavar="MS", help="limit on the median time per output token")
     wanted.add_argument("--slo-ttft", type=float, metavar="MS", help="limit on the median time to the first token")
 
@@ -85,15 +97,18 @@ def _run(options: argparse.Namespace, given: list[str]) -> None:
     from harness.search.setup import Settings, prepare
     from harness.search.storage import redacted
 
-    wanted, folder = _wanted(options), _folder(options)
-    _choose_device(options)
+    wanted = _wanted(options)
+    gpu = _choose_device(options)
+    label, kind = _label(options.model, gpu), "cpu" if gpu is None else gpu.name
     settings = Settings(
-        model=options.model or default_model(),
-        label=_label(options.model),
+        model=options.model or default_model(_demo_expert_bytes(gpu)),
+        label=label,
         command=redacted(shlex.join([_python(), "-m", "harness.tune", *given])),
-        folder=folder,
-        profile=options.profile_out or Path("profiles") / f"{_label(options.model)}-cpu.yaml",
+        folder=_folder(options, label),
+        profile=options.profile_out or Path("profiles") / f"{label}-{_slug(kind)}.yaml",
         storage=options.storage,
+        limits=_limits(options, gpu),
+        gpu=gpu,
         **wanted,
     )
     setup = prepare(settings)
@@ -120,7 +135,8 @@ def tune(setup: Setup, *, use_simulator: bool = True) -> None:
     setup, study = setup.begin()
     settings, measurer = setup.settings, setup.measurer()
     measurer.remember(study.records())
-    print(f"\n{setup.outlook()}\n{_FIGURES}", flush=True)
+    figures = _FIGURES if settings.gpu is None else _FIGURES + _GPU_FIGURES
+    print(f"\n{setup.outlook()}\n{figures}", flush=True)
     watched = closing(_progress(setup, study))
     try:
         with watched as progress, StopRequest().listening("this run is measured") as stop:
@@ -239,7 +255,6 @@ def _plan(setup: Setup) -> str:
 
 def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     from harness.search.objective import Objective
-    from harness.search.outcome import Limits
     from harness.search.plan import parse_duration
     from runtime.profile import parse_overrides
 
@@ -247,8 +262,13 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UsageError(f"--{name} {value}: at least {least} is needed")
+    if options.resume and options.out is None:
+        raise UsageError("--resume needs the run's folder: --out results/runs/…")
+    if options.demo and options.model is not None:
+        raise UsageError(f"--demo and --model {options.model} exclude each other; give one of them")
+    _limits(options, None)
+    numerics = {} if options.numerics is None else {"numerics": options.numerics}
     return {
-        "limits": Limits.parse(options.max_memory, options.slo_tpot, options.slo_ttft),
         "objective": Objective(options.objective),
         "budget_s": parse_duration(options.time_budget),
         "num_trials": options.trials,
@@ -258,37 +278,81 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
         "workload": options.workload,
         "concurrency": options.concurrency,
         "context": options.context,
-        "fixed": parse_overrides(options.set),
+        "fixed": {**parse_overrides(options.set), **numerics},
     }
 
 
-def _choose_device(options: argparse.Namespace) -> None:
-    """Say in one line that it is the CPU, or refuse the GPU."""
+def _limits(options: argparse.Namespace, gpu: Gpu | None) -> Limits:
+    from harness.search.outcome import Limits
+
+    demo = DEMO_LIMITS["cpu" if gpu is None else "gpu"] if options.demo else None
+    return Limits.parse(options.max_memory or demo, options.slo_tpot, options.slo_ttft)
+
+
+def _choose_device(options: argparse.Namespace) -> Gpu | None:
+    """The GPU that was named, else the first that can be used unless it is to be the CPU; said in one line.
+
+    Raises:
+        DeviceError: the one that was named cannot be used.
+    """
+    if options.gpu is not None and options.device is not None:
+        raise UsageError(f"--gpu {options.gpu} and --device {options.device} exclude each other; give one of them")
+    if options.device is not None:
+        return None
     from harness.hardware.nvml import find_gpu, read_gpus
 
     nvml = read_gpus()
     if options.gpu is not None:
-        gpu = find_gpu(options.gpu, nvml)
-        raise DeviceError(f"--gpu {options.gpu}: {gpu.name} is there, but experts cannot be moved to a GPU yet; "
-                          "run with --device cpu")  # fmt: skip
-    if options.device is None:
-        found = f"{nvml.num_gpus} GPUs, which cannot be tuned for yet" if nvml.num_gpus.value else "no GPU"
-        print(f"tuning for the CPU (NVML: {nvml.num_gpus if nvml.num_gpus.value is None else found})")
+        from harness.search.gpu import examine
+
+        gpu = examine(find_gpu(options.gpu, nvml), nvml)
+        print(f"tuning for GPU {gpu.index}: {gpu.name} ({gpu.device})", flush=True)
+        return gpu
+    found, why = _first_usable(nvml)
+    if found is None:
+        print(f"tuning for the CPU ({why})")
+    else:
+        print(f"tuning for GPU {found.index}: {found.name} ({found.device}); for the CPU: --device cpu", flush=True)
+    return found
 
 
-def _label(model: str | None) -> str:
+def _first_usable(nvml: NvmlReadings) -> tuple[Gpu | None, str]:
+    """In NVML's order; else why the first of them cannot be used."""
+    from harness.hardware.nvml import find_gpu
+    from harness.search.gpu import examine
+
+    reasons = []
+    for index in range(len(nvml.gpus)):
+        try:
+            return examine(find_gpu(index, nvml), nvml), ""
+        except DeviceError as error:
+            reasons.append(str(error))
+    none = "no GPU" if nvml.num_gpus.value == 0 else nvml.num_gpus
+    return None, reasons[0] if reasons else f"NVML: {none}"
+
+
+def _demo_expert_bytes(gpu: Gpu | None) -> int:
+    from harness.probe import DEMO_EXPERT_BYTES
+
+    return DEMO_EXPERT_BYTES if gpu is None else GPU_DEMO_EXPERT_BYTES
+
+
+def _label(model: str | None, gpu: Gpu | None) -> str:
     """A file name for the model."""
-    name = "demo-1MiB" if model is None else Path(model).resolve().name if Path(model).exists() else model
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+    if model is None:
+        return f"demo-{_demo_expert_bytes(gpu) >> 20}MiB"
+    return _slug(Path(model).resolve().name if Path(model).exists() else model) or "model"
 
 
-def _folder(options: argparse.Namespace) -> Path:
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+
+
+def _folder(options: argparse.Namespace, label: str) -> Path:
     if options.out is not None:
         return Path(options.out)
-    if options.resume:
-        raise UsageError("--resume needs the run's folder: --out results/runs/…")
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("results") / "runs" / f"{_label(options.model)}-{now}"
+    return Path("results") / "runs" / f"{label}-{now}"
 
 
 def _python() -> str:

@@ -86,7 +86,7 @@ def load(
     chosen = choose(source, model, overrides=overrides, dtype=dtype, device=device, strict=strict, probe=probe)
     checkpoint, facts, place = chosen.checkpoint, chosen.facts, chosen.device
     torch.set_num_threads(chosen.profile.compute.threads)
-    profile, changed = _for_device(chosen.profile, place)
+    profile, changed = for_device(chosen.profile, place)
     profile, clamped = resolve(profile, facts, place)
     loaded = load_offloaded(checkpoint, dtype=dtype, device=place)
     passes = PassTracker()
@@ -120,7 +120,7 @@ def load_reference(
     chosen = choose(source, model, overrides=overrides, dtype=dtype, device=device)
     checkpoint, place = chosen.checkpoint, chosen.device
     torch.set_num_threads(chosen.profile.compute.threads)
-    profile, _ = _for_device(chosen.profile, place)
+    profile, _ = for_device(chosen.profile, place)
     loaded = load_resident(checkpoint, dtype=dtype, device=place)
     passes = PassTracker()
     passes.attach(loaded.model)
@@ -152,7 +152,7 @@ def route_predictor(engine: Engine, artifact: Path, params: Mapping[str, Any] | 
     return found
 
 
-def _for_device(profile: Profile, device: torch.device) -> tuple[Profile, list[str]]:
+def for_device(profile: Profile, device: torch.device) -> tuple[Profile, list[str]]:
     """The profile with what runs on `device`, and notes on what was changed."""
     if not is_gpu(device) and profile.miss != "copy":
         note = f"miss {profile.miss} is for a GPU: on the CPU misses are loaded, and results are exact"

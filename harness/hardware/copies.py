@@ -119,6 +119,22 @@ class Copies:
         ]
         return max((point.bytes_per_s for one in wanted for point in one.points), default=None)
 
+    def to_device_bytes_per_s(self, *, under_load: bool = False) -> float | None:
+        """At the size of an expert, from memory such as the engine's: registered, else pinned. None: not measured.
+
+        Args:
+            under_load: beside a computation, where that was measured.
+        """
+        rates = {
+            (one.under_load, one.memory): point.bytes_per_s
+            for one in self.series
+            if one.direction is Direction.TO_DEVICE
+            for point in one.points
+            if point.num_bytes == self.expert_bytes
+        }
+        order = [(loaded, memory) for loaded in (under_load, False) for memory in _LIKE_THE_ENGINE]
+        return next((rates[one] for one in order if one in rates), None)
+
     def judge(self, gpu: GpuReadings) -> Judgement:
         """The verdict on the link of `gpu`."""
         state = self.while_copying
@@ -126,6 +142,8 @@ class Copies:
         best = _link(gpu.pcie_generation_max, gpu.pcie_width_max)
         return judge_link(f"link of GPU {gpu.index}", self.best_pinned_bytes_per_s, now, best)
 
+
+_LIKE_THE_ENGINE = (HostBuffer.REGISTERED, HostBuffer.PINNED)
 
 PLAN = (
     (HostBuffer.PINNED, Direction.TO_DEVICE, False),

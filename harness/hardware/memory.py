@@ -56,10 +56,11 @@ def _present(pagemap: int, first: int, last: int) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Peak resident memory of a process that serves one model.
+    """Peak memory of a process that serves one model: resident in the host, or on the GPU that it computes on.
 
     Attributes:
-        buffer_bytes: the bare process (interpreter, torch, transformers) and what loading and activations take.
+        buffer_bytes: the bare process (interpreter, torch, transformers; on a GPU: CUDA's context) and what loading and
+            activations take.
         kv_bytes_per_sequence: KV cache of one sequence at the workload's context; 0 where it is not known.
     """
 
@@ -82,6 +83,19 @@ class MemoryModel:
 
         kv_bytes = machine.kv_cache_bytes(facts.config, context, batch=1, dtype_bytes=facts.dtype.itemsize)
         buffer_bytes = process_bytes + BUFFER_BYTES + _PROGRAM_BYTES
+        return cls(facts.num_experts_total, facts.slot_bytes, facts.dense_bytes, buffer_bytes, kv_bytes)
+
+    @classmethod
+    def of_gpu(cls, facts: ModelFacts, *, context_bytes: int, context: int) -> MemoryModel:
+        """The same of a GPU's memory. `runtime.build` leaves out what CUDA itself takes: a profile is not clamped.
+
+        Args:
+            context_bytes: of the GPU that a process takes before it loads a model.
+        """
+        from runtime.facts import CUDA_BUFFER_BYTES
+
+        kv_bytes = machine.kv_cache_bytes(facts.config, context, batch=1, dtype_bytes=facts.dtype.itemsize)
+        buffer_bytes = context_bytes + CUDA_BUFFER_BYTES
         return cls(facts.num_experts_total, facts.slot_bytes, facts.dense_bytes, buffer_bytes, kv_bytes)
 
     def with_context(self, tokens: int, of: int) -> MemoryModel:

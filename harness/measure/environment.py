@@ -186,7 +186,7 @@ class SurroundingsWatch:
         if self._gpu_state is None:
             return ""
         self._running.append(self._gpu_state())
-        return _lost(self._running[-1:])
+        return lost_of(self._running[-1:])
 
     def end(self, trial_cpu_s: float, wait_share: float | None = None) -> Conditions:
         """The trial has ended, its process is gone.
@@ -212,7 +212,7 @@ def _gpu_conditions(around: Sequence[GpuState], running: Sequence[GpuState]) -> 
     reasons = {reason for one in running for reason in one.throttle_reasons.value or ()}
     processes = {process for one in around for process in one.foreign_processes.value or ()}
     return GpuConditions(
-        lost=_lost([*running, *around]),
+        lost=lost_of([*running, *around]),
         throttle_reasons=tuple(sorted(reasons)),
         pcie_generation=highest("pcie_generation"),
         pcie_width=highest("pcie_width"),
@@ -220,5 +220,6 @@ def _gpu_conditions(around: Sequence[GpuState], running: Sequence[GpuState]) -> 
     )
 
 
-def _lost(states: Sequence[GpuState]) -> str:
+def lost_of(states: Sequence[GpuState]) -> str:
+    """Why the GPU cannot be asked any more, beginning with `GPU_LOST`; empty while it can."""
     return next((f"{GPU_LOST}: NVML says {one.status}" for one in states if one.status in _LOST), "")

@@ -79,9 +79,10 @@ def asked_text(run: RunFile) -> str:
     """What was tuned, and for what."""
     identity, text = run.match.model, run.workload
     model = "" if identity is None else f" ({identity.architecture}, {run.num_experts} experts)"
-    limits = limits_text(run.limits) or "none beyond the memory that was free"
+    limits = limits_text(run.limits) or f"none beyond the {run.memory} that was free"
     return (
         f"model      {run.provenance.model}{model}\n"
+        f"device     {run.match.device}\n"
         f"wanted     {run.objective}; limits: {limits}\n"
         f"workload   {text.name}, {text.concurrency} requests outstanding"
     )

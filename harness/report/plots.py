@@ -33,7 +33,9 @@ _FAILED = {
 """Marker and name of the outcomes that have no latency."""
 
 
-def pareto(tried: Sequence[Tried], limits: Limits, default: Tried | None, chosen: Tried | None) -> Figure:
+def pareto(
+    tried: Sequence[Tried], limits: Limits, default: Tried | None, chosen: Tried | None, *, memory: str = "memory"
+) -> Figure:
     """Latency against peak memory: what was tried, what exceeds a limit, the front, the default, the chosen one."""
     figure, axes = _one(9)
     within = feasible(tried, limits)
@@ -55,7 +57,7 @@ def pareto(tried: Sequence[Tried], limits: Limits, default: Tried | None, chosen
     if limits.max_memory_bytes is not None:
         label = f"memory limit, {limits.max_memory_bytes / 1e6:.0f} MB"
         axes.axhline(limits.max_memory_bytes / 1e6, linestyle="--", color=_RED, label=label)
-    axes.set(xlabel=_LATENCY, ylabel="peak memory (MB)")
+    axes.set(xlabel=_LATENCY, ylabel=f"peak {memory} (MB)")
     log_axis(axes.xaxis, [one.latency_ms_p50 for one in tried])
     figure.legend(loc="outside right upper")
     return figure

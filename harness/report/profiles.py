@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.measure.provenance import commit
 from harness.measure.stats import median
 from harness.search.outcome import Measurement
 from runtime import machine
 from runtime.profile import Bandwidth, Match, ModelIdentity, Objectives, Provenance, portable
+
+if TYPE_CHECKING:
+    from harness.search.gpu import Gpu
 
 _PACKAGES = ("expertflow", "torch", "transformers", "optuna", "numba")
 _BANDWIDTH_TOLERANCE = 0.5
@@ -38,18 +41,18 @@ def objectives(runs: Sequence[Measurement]) -> Objectives:
     )
 
 
-def match(model: ModelIdentity, bandwidth_bytes_per_s: float) -> Match:
-    """This machine and the model that was tuned."""
+def match(model: ModelIdentity, bandwidth_bytes_per_s: float, gpu: Gpu | None = None) -> Match:
+    """This machine, or its GPU, and the model that was tuned."""
     return Match(
-        device="cpu",
-        memory_total_bytes=machine.total_memory_bytes(),
+        device="cpu" if gpu is None else gpu.kind,
+        memory_total_bytes=machine.total_memory_bytes() if gpu is None else gpu.memory_total_bytes,
         bandwidth_at_expert_size_bytes_per_s=Bandwidth(min=float(round(_BANDWIDTH_TOLERANCE * bandwidth_bytes_per_s))),
         model=model,
     )
 
 
-def provenance(model: str, command: str) -> Provenance:
-    """Who made this, with what, when."""
+def provenance(model: str, command: str, hardware: Mapping[str, str | int] | None = None) -> Provenance:
+    """Who made this, with what, when; `hardware` is by default this machine without a GPU."""
     from harness.demo.widen import command_of  # torch
 
     return Provenance(
@@ -58,7 +61,7 @@ def provenance(model: str, command: str) -> Provenance:
         model_command=command_of(Path(model)),
         versions=versions(),
         commit=commit(),
-        hardware=dict(machine.fingerprint()),
+        hardware=dict(machine.fingerprint() if hardware is None else hardware),
         command=command,
     )
 

@@ -63,9 +63,9 @@ class Results:
 
     def text(self) -> str:
         """For the terminal: the plot, the table and the verdict."""
-        drawn = text_pareto(self.tried, self.run.limits, *self._marked())
+        drawn = text_pareto(self.tried, self.run.limits, *self._marked(), memory=self.run.memory)
         default = self.space.complete(self.space.default)
-        table = front_text(self.table, default, self.space.setting.num_experts)
+        table = front_text(self.table, default, self.space.setting.num_experts, memory=self.run.memory)
         return "\n\n".join(part for part in (drawn, table, verdict_text(self.run)) if part)
 
     def figures(self) -> dict[str, Figure]:
@@ -73,7 +73,7 @@ class Results:
         limits, agreed = self.run.limits, agreement(self.simulated, self.tried)
         found: dict[str, Figure] = {}
         if self.tried:
-            found["pareto"] = plots.pareto(self.tried, limits, *self._marked())
+            found["pareto"] = plots.pareto(self.tried, limits, *self._marked(), memory=self.run.memory)
         if any(not record.reused for record in self.records):
             found["history"] = plots.history(self.records, limits)
         if self.importances:

@@ -118,6 +118,11 @@ class RunFile(_Part):
     confirmed: Confirmed | None = None
     failed: tuple[dict[str, Value], ...] = ()
 
+    @property
+    def memory(self) -> str:
+        """Which memory the limit and the peaks are of, for people."""
+        return "GPU memory" if (self.match.device or "").startswith("cuda") else "memory"
+
     def point(self, params: Params | None) -> Point | None:
         """The configuration that ran with `params`, if any did."""
         return next((point for point in self.points if point.params == params), None)

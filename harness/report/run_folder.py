@@ -83,8 +83,8 @@ def _run_file(setup: Setup, study: Study, choice: Choice | None, stop_reason: st
             context=settings.context,
             **asdict(setup.sizes),
         ),
-        match=match(setup.facts.identity, setup.probe.curve.engine_bytes_per_s),
-        provenance=provenance(settings.model, settings.command),
+        match=match(setup.facts.identity, setup.bandwidth_bytes_per_s, settings.gpu),
+        provenance=provenance(settings.model, settings.command, settings.hardware),
         default=space.default,
         chosen=None if chosen is None else dict(chosen),
         reason=nothing if choice is None else choice.reason,
@@ -151,6 +151,8 @@ def _environment(
         "study": study.name,
         "stop_reason": run.stop_reason,
         "memory_limit_bytes": setup.memory_limit_bytes,
+        "gpu": None if settings.gpu is None else asdict(settings.gpu),
+        "host_bytes": setup.host_bytes,
         "probe": setup.probe.as_dict(),
         "simulator": None
         if agreed is None

@@ -59,11 +59,12 @@ def with_marked(front: Sequence[Tried], *marked: Tried | None) -> list[Tried]:
     return shown
 
 
-def front_text(table: pd.DataFrame, default: Mapping[str, Value], num_experts: int) -> str:
+def front_text(table: pd.DataFrame, default: Mapping[str, Value], num_experts: int, *, memory: str = "memory") -> str:
     """The table for people, at most 15 lines of it, the chosen configuration with an asterisk.
 
     Args:
         default: every knob of the default; those in which no row differs from it are left out.
+        memory: which it is.
     """
     if table.empty:
         return ""
@@ -74,7 +75,7 @@ def front_text(table: pd.DataFrame, default: Mapping[str, Value], num_experts: i
             "ms/token p50": [f"{value:.1f}" for value in table["latency_ms_p50"]],
             "vs default": ["" if pd.isna(value) else f"{value:.2f}x" for value in table["latency_ratio"]],
             "tokens/s": [f"{value:.1f}" for value in table["tokens_per_s"]],
-            "peak memory": [f"{value / 1e6:.0f} MB" for value in table["peak_memory_bytes"]],
+            f"peak {memory}": [f"{value / 1e6:.0f} MB" for value in table["peak_memory_bytes"]],
             "experts kept": [f"{slots} ({slots / num_experts:.0%})" for slots in table["slots"]],
         }
         | {

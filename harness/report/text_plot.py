@@ -11,7 +11,9 @@ _WIDTH, _HEIGHT = 60, 15
 _MARGIN = 8
 
 
-def text_pareto(tried: Sequence[Tried], limits: Limits, default: Tried | None, chosen: Tried | None) -> str:
+def text_pareto(
+    tried: Sequence[Tried], limits: Limits, default: Tried | None, chosen: Tried | None, *, memory: str = "memory"
+) -> str:
     """Latency (logarithmic) against peak memory in characters; empty with fewer than two configurations."""
     if len(tried) < 2:
         return ""
@@ -57,7 +59,7 @@ def text_pareto(tried: Sequence[Tried], limits: Limits, default: Tried | None, c
         " " * (_MARGIN + 1) + f"{'latency per output token, p50 (log scale)':^{_WIDTH}}".rstrip(),
         legend,
     ]
-    return "\n".join([f"{'MB':>{_MARGIN - 1}}  peak memory", *lines, *foot])
+    return "\n".join([f"{'MB':>{_MARGIN - 1}}  peak {memory}", *lines, *foot])
 
 
 def _step(value: float, low: float, high: float, steps: int) -> int:

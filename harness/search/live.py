@@ -9,6 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from harness.measure.peaks import Peak, peak_on
 from harness.measure.workload import TokenRequest
 from harness.search import child
 from harness.search.outcome import Kind, Outcome
@@ -20,17 +21,21 @@ if TYPE_CHECKING:
 
 def serve_segments(spec: TrialSpec) -> dict[str, Any]:
     """Load the engine, replay `spec.requests` unmeasured, then measure what the parent asks for. Runs in a child."""
+    peak = peak_on(spec.device)
     with loaded(spec) as (engine, load_s):
         if spec.requests:
             replay_unmeasured(engine, spec.requests, spec.concurrency)
+        peak.settle()
         child.reply(lambda: {"load_s": load_s})
         for question in child.questions():
-            child.reply(partial(_segment, engine, question, spec.concurrency, load_s))
+            child.reply(partial(_segment, engine, question, spec.concurrency, load_s, peak))
     return {}
 
 
-def _segment(engine: Engine, question: list[dict[str, Any]], concurrency: int, load_s: float) -> dict[str, Any]:
-    return measured(engine, [_request(**one) for one in question], concurrency, load_s).as_dict()
+def _segment(
+    engine: Engine, question: list[dict[str, Any]], concurrency: int, load_s: float, peak: Peak
+) -> dict[str, Any]:
+    return measured(engine, [_request(**one) for one in question], concurrency, load_s, peak).as_dict()
 
 
 def _request(id: str, task: str, prompt_ids: list[int], output_ids: list[int]) -> TokenRequest:

@@ -31,6 +31,8 @@ _NUMERICS = (
     "compute.prefill",
     "compute.decode",
     "compute.threads",
+    "miss",
+    "compute.host_share",
 )
 
 PredictedIds = Mapping[str, tuple[int, ...]]
@@ -40,13 +42,15 @@ class Measurer:
     """Runs configurations on the two parts of a workload.
 
     Tokens are checked twice over. Runs with the same kernels, threads and scheduling must give the same to the bit. The
-    first of each kind must agree with the default by `LEAST_AGREEMENT`: another kernel may round differently.
+    first of each kind must agree with the default by `LEAST_AGREEMENT`: another kernel may round differently. So must
+    every run in which the CPU computes misses of a GPU: which experts those are depends on what the cache holds.
 
     Args:
         fixed: profile keys that the user set.
         timeout_s: for one run.
         excess: why a configuration will not fit into memory, empty where it will; it is then not launched.
         surroundings: watches what goes on beside the trials.
+        device: see `TrialSpec`.
     """
 
     def __init__(
@@ -60,10 +64,11 @@ class Measurer:
         timeout_s: float,
         excess: Callable[[Params], str],
         surroundings: Surroundings,
+        device: str | None = None,
     ) -> None:
         self._timeout_s, self._excess, self._surroundings = timeout_s, excess, surroundings
         self._runner, self._model, self._space, self._fixed = runner, model, space, dict(fixed)
-        self._requests, self._concurrency = requests, concurrency
+        self._requests, self._concurrency, self._device = requests, concurrency, device
         self._tokens: dict[Hashable, str] = {}
         self._references: dict[Part, PredictedIds] = {}
         self._without_default: set[Part] = set()
@@ -125,7 +130,7 @@ class Measurer:
 
     def _run(self, overrides: dict[str, Any], part: Part, rivals: tuple[Tried, ...]) -> _Run:
         """Run until the surroundings are as usual, `MAX_REPEATS` times again at most."""
-        spec = TrialSpec(self._model, overrides, self._requests[part], self._concurrency)
+        spec = TrialSpec(self._model, overrides, self._requests[part], self._concurrency, self._device)
         reasons: list[str] = []
         while True:
             watch = self._surroundings.watch()
@@ -175,8 +180,10 @@ class Measurer:
         return self._references.setdefault(part, predicted)
 
     def _is_reproducible(self, params: Params) -> bool:
-        """The deadline scheduler goes by the clock: which requests run together differs from run to run."""
-        return bool(self.overrides(params).get("scheduler.kind") != "deadline")
+        """The deadline scheduler goes by the clock: which requests run together differs from run to run. A miss that
+        the CPU computes rounds otherwise than a hit, and what the cache holds decides which is which."""
+        overrides = self.overrides(params)
+        return overrides.get("scheduler.kind") != "deadline" and overrides.get("miss", "copy") == "copy"
 
     def _numerics(self, params: Params, part: Part) -> Hashable:
         """Equal for two configurations that must give the same tokens to the bit."""

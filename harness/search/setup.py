@@ -6,23 +6,30 @@ import contextlib
 import datetime
 import hashlib
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from harness.hardware.compute import CPU_KERNEL
 from harness.hardware.memory import MemoryModel
-from harness.hardware.nvml import read_gpus
-from harness.measure.environment import Surroundings
+from harness.hardware.nvml import gpu_state, read_gpus
+from harness.hardware.readings import GpuState
+from harness.measure.environment import Surroundings, lost_of
 from harness.measure.workload import Part, TokenRequest, Workload, cut, load_workload, segments
 from harness.probe import Probe, take_probe
 from harness.search.confirm import Confirmation, Segment, confirm
 from harness.search.costs import IO_THREADS, Costs
+from harness.search.gpu import Gpu, HostNeed, ProbeSpec, host_need, probe_with
 from harness.search.guide import Guide
 from harness.search.live import LiveTrial
+from harness.search.loop import GpuLostError
 from harness.search.measurer import Measurer
 from harness.search.memory_guard import MemoryGuard
 from harness.search.objective import Objective
@@ -44,9 +51,11 @@ from harness.search.study import Study, explore, remembered
 from harness.search.tracing import RecordSpec, WorkloadTrace, record_workload
 from harness.search.trial import TrialRunner, TrialSpec, bare_process, measure
 from runtime import machine
+from runtime.build import for_device
 from runtime.errors import BudgetError, ExpertFlowError, UsageError
 from runtime.facts import ModelFacts, describe
 from runtime.files import check_writable
+from runtime.machine import MemorySum
 from runtime.model import read_tokenizer
 from runtime.profile import LOSSY, Profile
 from runtime.trace import read_trace
@@ -71,6 +80,7 @@ class Settings:
         context: tokens of the longest sequence that there must be memory for.
         sampler, storage: see `Study`.
         fixed: dotted profile keys that are not searched.
+        gpu: that trials run on; None: the CPU.
     """
 
     model: str
@@ -90,11 +100,29 @@ class Settings:
     concurrency: int
     context: int
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    gpu: Gpu | None = None
+
+    @property
+    def device(self) -> str | None:
+        """See `TrialSpec`."""
+        return None if self.gpu is None else self.gpu.device
+
+    @property
+    def hardware(self) -> dict[str, str | int]:
+        """What results depend on."""
+        gpu = self.gpu
+        return machine.fingerprint() if gpu is None else {**machine.fingerprint(gpu.kind), **gpu.fingerprint()}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the search stands on. `default_s` is about how long the default takes for one run."""
+    """What the search stands on.
+
+    Attributes:
+        memory: model of the memory that is limited: the host's, or that of the GPU.
+        default_s: about how long the default takes for one run.
+        host_bytes: with a GPU, what each trial takes of the host.
+    """
 
     settings: Settings
     facts: ModelFacts
@@ -107,6 +135,7 @@ class Setup:
     sizes: Sizes
     space: Space
     default_s: float
+    host_bytes: int = 0
 
     def begin(self) -> tuple[Setup, Study]:
         """The run's study, new or resumed or joined, and the setup as all who work on that study have it."""
@@ -151,8 +180,14 @@ class Setup:
             settings.concurrency,
             timeout_s(self.default_s),
             self.guard.excess,
-            Surroundings(),
+            Surroundings(self._gpu_state),
+            settings.device,
         )
+
+    @property
+    def _gpu_state(self) -> Callable[[], GpuState] | None:
+        """Asks the GPU that trials run on how it is."""
+        return None if self.settings.gpu is None else partial(gpu_state, self.settings.gpu.uuid)
 
     def guide(self, measurer: Measurer, on_round: Callable[[int], None]) -> Guide:
         """The simulator of this workload, its routing recorded before, and what it proposes.
@@ -166,7 +201,8 @@ class Setup:
         digest = hashlib.sha256(repr((settings.model, requests)).encode()).hexdigest()[:8]
         path = settings.folder / f"workload-{digest}.npz"
         if not path.exists():
-            trial = TrialSpec(settings.model, measurer.overrides(self.space.default), requests, settings.concurrency)
+            overrides = measurer.overrides(self.space.default)
+            trial = TrialSpec(settings.model, overrides, requests, settings.concurrency, settings.device)
             outcome = self.runner.run(record_workload, RecordSpec(trial, str(path)), _SETUP_TIMEOUT_S)
             if outcome.kind is not Kind.OK:
                 raise TuneError(f"the workload's routing was not recorded: {outcome.message}")
@@ -188,30 +224,49 @@ class Setup:
     def confirm(
         self, on_run: Callable[[str, Outcome], None], finalists: Sequence[Params], default: Params
     ) -> Confirmation:
-        """Finalists beside the default, on text that the search has not seen."""
+        """Finalists beside the default, on text that the search has not seen.
+
+        Raises:
+            GpuLostError: the GPU was lost meanwhile.
+        """
         settings = self.settings
         pairs = num_pairs(2 * self.default_s, settings.budget_s)
         warm_up = self.texts.requests(self.sizes)["search"]
 
         def contender(params: Params) -> AbstractContextManager[LiveTrial]:
             overrides = {**settings.fixed, **self.space.overrides(params)}
-            spec = TrialSpec(settings.model, overrides, warm_up, settings.concurrency)
+            spec = TrialSpec(settings.model, overrides, warm_up, settings.concurrency, settings.device)
             return LiveTrial(self.runner, spec, timeout_s(self.default_s))
 
-        def fit_together(several: Sequence[Params]) -> bool:
-            return sum(map(self.guard.expected_bytes, several)) <= machine.available_memory_bytes()
-
-        return confirm(
+        found = confirm(
             finalists,
             default,
             self.texts.segments(self.sizes, pairs),
             open_contender=contender,
-            fit_together=fit_together,
+            fit_together=self._fit_together,
             num_pairs=pairs,
             objective=settings.objective,
             limits=settings.limits,
             on_run=on_run,
         )
+        if found.failed and self._gpu_state is not None and (lost := lost_of([self._gpu_state()])):
+            raise GpuLostError(lost)
+        return found
+
+    def _fit_together(self, several: Sequence[Params]) -> bool:
+        """Whether so many processes can be loaded at once; on a GPU each needs the host's memory, too."""
+        needed_bytes, gpu = sum(map(self.guard.expected_bytes, several)), self.settings.gpu
+        if gpu is None:
+            return needed_bytes <= machine.available_memory_bytes()
+        fits_host = len(several) * self.host_bytes <= machine.available_memory_bytes()
+        return fits_host and needed_bytes <= gpu.free_bytes()
+
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """Of bringing in one expert: from disk, or from the host to the GPU."""
+        copies = self.probe.copies
+        rate = None if copies is None else copies.to_device_bytes_per_s()
+        return self.probe.curve.engine_bytes_per_s if rate is None else rate
 
     @property
     def confirm_s(self) -> float:
@@ -241,14 +296,18 @@ class Setup:
         return sum(bool(self.guard.excess(self.space.sample(draw))) for _ in range(_SAMPLED)) / _SAMPLED
 
     def _costs(self) -> Costs:
-        """What the probe says that things take."""
-        facts, curve = self.facts, self.probe.curve
+        """What the probe says that things take: of a GPU, copies beside a computation, and computing an expert until
+        the host has seen that it is done."""
+        facts, curve, copies = self.facts, self.probe.curve, self.probe.copies
         layers = facts.identity.layers
+        copied = None if copies is None else copies.to_device_bytes_per_s(under_load=True)
+        rates = {threads: curve.bytes_per_s(threads) if copied is None else copied for threads in IO_THREADS}
+        compute = self.probe.compute if self.settings.gpu is None else self.probe.gpu_compute
         return Costs.prior(
-            {threads: facts.expert_bytes / curve.bytes_per_s(threads) for threads in IO_THREADS},
-            [(one.kernel, one.threads, one.num_tokens, one.seconds) for one in self.probe.compute],
+            {threads: facts.expert_bytes / bytes_per_s for threads, bytes_per_s in rates.items()},
+            [(one.kernel, one.threads, one.num_tokens, one.seconds) for one in compute],
             dense_layer_experts=facts.dense_bytes / layers / facts.expert_bytes,
-            threads=tuple(sorted({one.threads for one in self.probe.compute})),
+            threads=tuple(sorted({one.threads for one in compute})),
             predictors=self.space.setting.predictors,
         )
 
@@ -280,7 +339,7 @@ class Texts:
 
 def identity_of(settings: Settings, facts: ModelFacts, workload: Workload) -> dict[str, Any]:
     """Everything that makes results comparable: who differs in it does not work on one study."""
-    hardware = machine.fingerprint()
+    hardware = settings.hardware
     # Some KiB of it come and go from one boot, and from one machine of a kind, to the next.
     memory_gib = round(int(hardware.pop("memory_bytes")) / (1 << 30))
     return {
@@ -302,7 +361,7 @@ def prepare(settings: Settings) -> Setup:
     """
     check_writable("--profile-out", settings.profile)
     check_writable("--out", settings.folder / "trials.csv")
-    base = Profile.default().with_overrides({"workload.context": settings.context, **settings.fixed})
+    base = base_of(settings)
     if base.numerics in LOSSY:
         raise UsageError(
             f"numerics {base.numerics!r} changes results, and every trial must give those of the default: tune without "
@@ -320,16 +379,14 @@ def prepare(settings: Settings) -> Setup:
     with tempfile.TemporaryDirectory() as scratch:
         runner = TrialRunner(Path(scratch) / "setup.log")
         process_bytes = _must(runner, bare_process, None)["resident_bytes"]
-        memory = MemoryModel.of(facts, process_bytes=process_bytes, context=settings.context)
-        limit_bytes = min(settings.limits.max_memory_bytes or 1 << 62, process_bytes + machine.available_memory_bytes())
+        need = None if settings.gpu is None else host_need(facts, base)
+        memory, free_bytes = _room(settings, facts, process_bytes)
+        limit_bytes = min(settings.limits.max_memory_bytes or 1 << 62, free_bytes)
         num_slots_fit = memory.slots_that_fit(limit_bytes, base.scheduler.num_sequences)
-        probe = take_probe(settings.model, facts, read_gpus(), io_threads=base.transfer.io_threads)
-        needs = memory.predict(num_slots_fit, base.scheduler.num_sequences)
+        probe = _probe(runner, settings, facts, base)
         print(probe.describe())
-        print(
-            f"model      {facts.identity.architecture}, {num_slots_fit} of {memory.num_experts} experts fit", flush=True
-        )
-        print(f"needs      {needs.describe()} of {machine.format_bytes(limit_bytes)}", flush=True)
+        needs = memory.predict(num_slots_fit, base.scheduler.num_sequences)
+        _say(facts, needs, limit_bytes, need)
         if not kept:
             setting = Setting(
                 memory.num_experts,
@@ -338,16 +395,67 @@ def prepare(settings: Settings) -> Setup:
                 machine.cpu_count(),
                 fewer_slots=_beside_more_sequences(memory, limit_bytes, num_slots_fit, settings.concurrency),
             )
-            kept = _pilot(runner, settings, base, texts, setting)
+            kept = _pilot(runner, settings, base, texts, setting if need is None else _on_gpu(setting, need))
+    host_bytes = 0 if need is None else need.pinned_bytes + process_bytes
     space = Space(Setting(**kept["setting"]), base, fixed=settings.fixed)
     sizes, default_s = Sizes(**kept["sizes"]), float(kept["default_s"])
-    return Setup(settings, facts, base, workload, texts, memory, limit_bytes, probe, sizes, space, default_s)
+    return Setup(
+        settings, facts, base, workload, texts, memory, limit_bytes, probe, sizes, space, default_s, host_bytes
+    )
+
+
+def base_of(settings: Settings) -> Profile:
+    """What overrides are put on: the default with the keys that the user set, and kernels that run on the device.
+
+    Raises:
+        UsageError: the user set one that does not.
+    """
+    base = Profile.default().with_overrides({"workload.context": settings.context, **settings.fixed})
+    if settings.gpu is None:
+        return base
+    fitting, changed = for_device(base, torch.device(settings.gpu.device))
+    if changed and "compute.decode" in settings.fixed:
+        raise UsageError(f"--set compute.decode={base.compute.decode}: {changed[0]}; leave it out")
+    return fitting
+
+
+def _room(settings: Settings, facts: ModelFacts, process_bytes: int) -> tuple[MemoryModel, int]:
+    """The model of the memory that is limited, and how much of it one trial can have."""
+    gpu, context = settings.gpu, settings.context
+    if gpu is None:
+        free_bytes = process_bytes + machine.available_memory_bytes()
+        return MemoryModel.of(facts, process_bytes=process_bytes, context=context), free_bytes
+    return MemoryModel.of_gpu(facts, context_bytes=gpu.context_bytes, context=context), gpu.memory_free_bytes
+
+
+def _probe(runner: TrialRunner, settings: Settings, facts: ModelFacts, base: Profile) -> Probe:
+    io_threads = base.transfer.io_threads
+    if settings.gpu is None:
+        return take_probe(settings.model, facts, read_gpus(), io_threads=io_threads)
+    return probe_with(runner, ProbeSpec(settings.model, settings.gpu.uuid, io_threads))
+
+
+def _say(facts: ModelFacts, needs: MemorySum, limit_bytes: int, need: HostNeed | None) -> None:
+    """What fits, and what it takes."""
+    where = "" if need is None else " of GPU memory"
+    print(f"model      {facts.identity.architecture}, {needs.num_slots} of {facts.num_experts_total} experts fit")
+    print(f"needs      {needs.describe()} of {machine.format_bytes(limit_bytes)}{where}")
+    if need is not None:
+        rest = ", the other experts stay on disk" if need.has_disk_tier else ""
+        free = machine.format_bytes(machine.available_memory_bytes())
+        print(f"host       {machine.format_bytes(need.pinned_bytes)} pinned of {free} free{rest}")
+    sys.stdout.flush()
+
+
+def _on_gpu(setting: Setting, need: HostNeed) -> Setting:
+    kernels = tuple(name for name in setting.decode_kernels if name != CPU_KERNEL)
+    return replace(setting, decode_kernels=kernels, on_gpu=True, has_disk_tier=need.has_disk_tier)
 
 
 def _pilot(runner: TrialRunner, settings: Settings, base: Profile, texts: Texts, setting: Setting) -> dict[str, Any]:
     """Run the default on one short request: how much of the workload there is time for, and whether it can prefetch."""
     overrides = {**settings.fixed, **Space(setting, base, fixed=settings.fixed).overrides({})}
-    spec = TrialSpec(settings.model, overrides, texts.requests(PILOT)["search"], concurrency=1)
+    spec = TrialSpec(settings.model, overrides, texts.requests(PILOT)["search"], 1, settings.device)
     pilot = Outcome(Kind.OK, result=_must(runner, measure, spec)).measurement
     sizes, default_s = choose_sizes(pilot, settings.concurrency, settings.budget_s)
     predictors = UNTRAINED if _lacks_lookahead(pilot) else ("gate_lookahead", *UNTRAINED)

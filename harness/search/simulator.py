@@ -7,6 +7,13 @@
 `base` is the profile that the overrides are put on. Deterministic. The engine's schedulers choose the passes
 (`closed_loop`), its cache decides what is loaded (`runtime.cache`), `Costs` say what takes how long. What a
 configuration does not depend on is kept: passes by scheduler, forecasts by predictor.
+
+A GPU is simulated like a CPU: loads are copies at the probed rate, an expert is computed in the time that the probe
+found until the host has seen it done, and what a layer takes beside its experts is a guess that the fit corrects. Left
+out is that the host only enqueues and may run ahead of the device (the slower of the two then sets the pace; here their
+times are one); that demand and prefetch may be copied on two streams at once (`transfer.streams` changes nothing here);
+and that the CPU may compute misses (`miss` and what acts with it change nothing here: a miss is copied). Trials decide
+those.
 """
 
 from __future__ import annotations

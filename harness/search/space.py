@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runtime.predictors.params import TRAINED, default_period
-from runtime.profile import Profile, Scheduler
+from runtime.profile import MISS_ACTIONS, Profile, Scheduler
 
 Value = int | str
 Params = Mapping[str, Value]
@@ -20,6 +20,10 @@ POLICIES = ("lru", "lfru", "next_use", "td_next_use")
 """Policies that are tried. The others need a trained predictor, or loaded more than these on every trace and at every
 budget that was replayed (results/replay-*.csv, results/LOG.md, 2026-11-26); a profile may still name them."""
 
+HOST_SHARE = "compute.host_share"
+MEASURED = "measured"
+"""As a choice of the host's share: None in a profile, by the rates that the engine measures on loading."""
+_HOST_SHARES = ("0.25", "0.5", "0.75")
 _RUNGS = 8
 """Choices of the number of slots beside `Setting.fewer_slots`: the most that fit, and shares of it, each 1/sqrt(2) of
 the one above."""
@@ -38,6 +42,7 @@ class Setting:
         predictors: that the model has; empty: nothing to prefetch by. One that cannot do without an artefact is left
             out unless it is the profile's own.
         prefill_kernels, decode_kernels: that compute the model's experts.
+        on_gpu: it computes on a GPU, its experts in host memory; has_disk_tier: not all of them have room there.
     """
 
     num_experts: int
@@ -48,6 +53,8 @@ class Setting:
     prefill_kernels: tuple[str, ...] = ("eager", "grouped_mm")
     decode_kernels: tuple[str, ...] = ("eager", "grouped_mm", "gemv")
     fewer_slots: tuple[int, ...] = ()
+    on_gpu: bool = False
+    has_disk_tier: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -92,14 +99,18 @@ def params_key(params: Params) -> str:
 
 def table(setting: Setting, base: Profile, fixed: Collection[str] = ()) -> tuple[Knob, ...]:
     """Every knob for `setting`, in the order in which they are chosen; defaults are those of `base`."""
-    return (
-        *_cache_and_batches(setting, base),
-        *_prefetching(setting, base, fixed),
-        _ordered("io_threads", "transfer.io_threads", (1, 2, 4), base.transfer.io_threads),
-        _named("prefill", "compute.prefill", setting.prefill_kernels, base.compute.prefill),
-        _named("decode", "compute.decode", setting.decode_kernels, base.compute.decode),
-        _ordered("threads", "compute.threads", _up_to(setting.num_cores), base.compute.threads),
-    )
+    caching, prefetching = tuple(_cache_and_batches(setting, base)), tuple(_prefetching(setting, base, fixed))
+    io_threads = _ordered("io_threads", "transfer.io_threads", (1, 2, 4), base.transfer.io_threads)
+    prefill = _named("prefill", "compute.prefill", setting.prefill_kernels, base.compute.prefill)
+    decode = _named("decode", "compute.decode", setting.decode_kernels, base.compute.decode)
+    threads = _ordered("threads", "compute.threads", _up_to(setting.num_cores), base.compute.threads)
+    if not setting.on_gpu:
+        return (*caching, *prefetching, io_threads, prefill, decode, threads)
+    # Demand and prefetch have a stream each, or share one: without prefetch one is left.
+    streams = _ordered("streams", "transfer.streams", (1, 2), base.transfer.streams, _where_prefetched(prefetching))
+    from_disk = (io_threads,) if setting.has_disk_tier else ()
+    on_cpu = _missing(caching, base, threads) if base.numerics == "equivalent" else ()
+    return (*caching, *prefetching, streams, *from_disk, prefill, decode, *on_cpu)
 
 
 def _cache_and_batches(setting: Setting, base: Profile) -> Iterator[Knob]:
@@ -119,6 +130,19 @@ def _cache_and_batches(setting: Setting, base: Profile) -> Iterator[Knob]:
     # With a slot for every expert nothing is ever evicted.
     evicting: When = {"slots": tuple(value for value in by_slots.choices if int(value) < setting.num_experts)}
     yield _named("policy", "cache.policy", POLICIES, base.cache.policy, evicting)
+
+
+def _missing(caching: Iterable[Knob], base: Profile, threads: Knob) -> Iterator[Knob]:
+    """What is done about an expert that is not on the GPU, where results may be rounded otherwise: where any is not."""
+    evicting = next(knob.when for knob in caching if knob.name == "policy")
+    yield _named("miss", "miss", MISS_ACTIONS, base.miss, evicting)
+    share = MEASURED if base.compute.host_share is None else str(base.compute.host_share)
+    yield _named("host_share", HOST_SHARE, (MEASURED, *_HOST_SHARES), share, {"miss": ("auto",)})
+    yield replace(threads, when={"miss": ("compute", "auto")})
+
+
+def _where_prefetched(prefetching: Iterable[Knob]) -> When:
+    return next(knob.when for knob in prefetching if knob.name == "count")
 
 
 def _prefetching(setting: Setting, base: Profile, fixed: Collection[str]) -> Iterator[Knob]:
@@ -235,6 +259,8 @@ class Space:
             every, unit = default_period(kind)
             found |= {"predictor.artifact": None, "predictor.params": {}, "predictor.every_unit": unit}
             found["predictor.every"] = params.get("every", every)
+        if (share := found.get(HOST_SHARE)) is not None:
+            found[HOST_SHARE] = None if share == MEASURED else float(share)
         return {key: value for key, value in found.items() if value is not None or key != "scheduler.window"}
 
     def seeds(self) -> Iterator[dict[str, Value]]:

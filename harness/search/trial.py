@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.measure.peaks import Peak, peak_on
 from harness.measure.workload import TokenRequest
 from harness.search import child
 from harness.search.child import Watch, Work
@@ -25,9 +26,11 @@ WARM_UP_TOKENS = (8, 3)
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What to measure: `requests`, `concurrency` of them outstanding, on `device`; None: the CPU.
+    """What to measure: `requests`, `concurrency` of them outstanding.
 
-    `overrides` are dotted profile keys.
+    Attributes:
+        overrides: dotted profile keys.
+        device: what torch calls the GPU, such as "cuda:0"; None: the CPU.
     """
 
     model: str
@@ -40,12 +43,15 @@ class TrialSpec:
 def measure(spec: TrialSpec) -> dict[str, Any]:
     """Load the engine, warm it up, replay the workload. Runs in the trial's process.
 
-    Peak memory is that of the whole process from before loading on; where a GPU computes, what tensors took of it. Each
-    finished request is reported, see `Finished`.
+    Peak memory is that of the whole process from before loading on: of the host, or on the GPU that it computes on
+    (`harness.measure.peaks`). Each finished request is reported, see `Finished`.
     """
+    peak = peak_on(spec.device)
     with loaded(spec) as (engine, load_s):
         replay_unmeasured(engine, [_shortened(spec.requests[-1])], concurrency=1)
-        return measured(engine, spec.requests, spec.concurrency, load_s, partial(_report, engine)).as_dict()
+        peak.settle()
+        report = partial(_report, peak)
+        return measured(engine, spec.requests, spec.concurrency, load_s, peak, report).as_dict()
 
 
 @contextmanager
@@ -57,7 +63,6 @@ def loaded(spec: TrialSpec) -> Iterator[tuple[Engine, float]]:
     from runtime.profile import Profile
 
     logging.disable_progress_bar()  # its lock is a semaphore, which a killed trial would leave behind
-    machine.reset_peak()
     start = time.perf_counter()
     # A configuration is measured as it is, not while the engine finds out whether its prefetching pays, nor with fewer
     # slots where memory is short: what does not fit is to fail.
@@ -79,9 +84,10 @@ def measured(
     requests: Sequence[TokenRequest],
     concurrency: int,
     load_s: float,
+    peak: Peak,
     on_finish: Callable[[RequestResult], None] = lambda result: None,
 ) -> Measurement:
-    """Replay `requests` and measure; counters start at zero, peak memory is that since `loaded`."""
+    """Replay `requests` and measure; counters start at zero, `peak` goes on from loading."""
     from harness.measure.runner import serve
 
     engine.reset_stats()
@@ -93,7 +99,7 @@ def measured(
         tpot_ms_p50=run.tpot_ms_p50,
         tokens_per_s=run.tokens_per_s,
         tokens_sha256=run.sha256,
-        peak_memory_bytes=_peak_bytes(engine),
+        peak_memory_bytes=peak.num_bytes(),
         slots=int(engine.profile.cache.slots or 0),
         load_s=load_s,
         run_s=time.perf_counter() - began,
@@ -122,20 +128,13 @@ class Finished:
         return cls(**{**progress, "predicted_ids": tuple(progress["predicted_ids"])})
 
 
-def _peak_bytes(engine: Engine) -> int:
-    """Of the memory that limits are about: the GPU's where one computes, else the process's."""
-    from runtime.devices import peak_bytes
-
-    return peak_bytes(engine.model.device) or machine.peak_resident_bytes()
-
-
-def _report(engine: Engine, result: RequestResult) -> None:
+def _report(peak: Peak, result: RequestResult) -> None:
     child.report(
         {
             "request": result.id,
             "latency_ms": result.latency_ms,
             "predicted_ids": result.predicted_ids,
-            "peak_memory_bytes": _peak_bytes(engine),
+            "peak_memory_bytes": peak.num_bytes(),
         }
     )
 

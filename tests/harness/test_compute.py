@@ -71,7 +71,7 @@ def test_steps_go_round_the_arena(tiny_checkpoint: Path, monkeypatch: pytest.Mon
             assert out.isfinite().all() and out.abs().sum() > 0
             return out
 
-    monkeypatch.setattr(compute, "_kernels", lambda: {"eager": Watching})
+    monkeypatch.setattr(compute, "_kernels", lambda device: {"eager": Watching})
     measure_experts(loaded, 2, threads=(1,), budget_s=0.05)
     assert len(set(seen)) == 5 and seen[:5] == seen[5:10]
 

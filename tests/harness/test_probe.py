@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fake_nvml import FakeNvml
+from pydantic import TypeAdapter
 from test_copies import FakeDevice
 
 from harness import probe
+from harness.hardware.compute import ExpertTime, measure_experts
 from harness.hardware.nvml import read_gpus
 from harness.hardware.readings import NvmlReadings, Reading
 from harness.hardware.verdicts import Verdict
-from harness.probe import check_gpu, main, take_probe
+from harness.probe import Probe, check_gpu, main, take_probe
 from runtime.errors import DeviceError
 from runtime.facts import describe
 
@@ -86,10 +90,19 @@ def test_with_a_gpu_its_copies_are_timed_and_its_link_judged(
     monkeypatch.setattr("harness.hardware.cuda_copies.cuda_index", lambda uuid: 0)
     monkeypatch.setattr("harness.hardware.cuda_copies.CudaCopies", lambda index: device)
     monkeypatch.setattr(probe, "gpu_state", lambda which: device.state())
+    computed = list[str]()
+
+    def measured(*of: Any, device: str = "cpu", **options: Any) -> tuple[ExpertTime, ...]:
+        computed.append(device)
+        return measure_experts(*of, **options)
+
+    monkeypatch.setattr(probe, "measure_experts", measured)
     nvml = read_gpus(FakeNvml())
     taken = take_probe(str(tiny_checkpoint), describe(tiny_checkpoint), nvml, gpu=nvml.gpus[0], budget_s=0.5)
     assert taken.device == "cuda:Fake GPU" and taken.copies is not None and device.is_closed
     assert [one.verdict for one in taken.verdicts][1] is Verdict.OK
+    assert computed == ["cpu", "cuda:0"] and {one.threads for one in taken.gpu_compute} == {1}
+    assert TypeAdapter(Probe).validate_python(json.loads(json.dumps(asdict(taken)))) == taken
     out = taken.describe()
     words = (
         "GPU-0",
@@ -98,6 +111,7 @@ def test_with_a_gpu_its_copies_are_timed_and_its_link_judged(
         "pinned H2D + load",
         "not throttled",
         "ECC on",
+        "eager on the GPU",
     )
     assert [word for word in words if word not in out] == []
     assert json.loads(json.dumps(taken.as_dict()))["copies"]["while_copying"]["pcie_generation"]["value"] == 4
