@@ -76,7 +76,7 @@ class Coordinator:
         self.predictor.begin(passing)
         self._stream, self._lacked = [], None
         if self._streaming is not None:
-            self._streaming.begin(passing.num_tokens)
+            self._streaming.begin(passing.num_tokens, is_allowed=self._copies_misses(passing.num_tokens))
         if self.refreshes:
             self._refresh()
             return
@@ -142,6 +142,13 @@ class Coordinator:
         most = len(missing) - len(at_hand) + self.misses.split.num_copies(list(at_hand.values()))
         most = max(most, self.residency.num_free)
         return self.residency.plan(layer, demand, tokens, num_tokens, most_loads=most, at_hand=at_hand)
+
+    def _copies_misses(self, num_tokens: int) -> bool:
+        """Whether a pass of so many tokens loads whatever it misses: computing none where it rests."""
+        if self.misses is None:
+            return True
+        num_experts = self.residency.num_experts
+        return not self.misses.split.may_compute(num_experts, num_tokens * self.residency.top_k / num_experts)
 
     def _land(self, experts: Sequence[int]) -> None:
         """Take note of the prefetches among `experts` that have arrived or failed since anyone looked; those that

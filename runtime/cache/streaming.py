@@ -29,11 +29,12 @@ class Streaming:
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         self._left_out = 1.0 - min(1.0, top_k / num_experts)  # by one choice at random
-        self._expected = 0.0
+        self._expected, self._is_allowed = 0.0, True
         self._num_lacked = self._num_needed = 0  # by the pass's layers so far
 
-    def begin(self, num_tokens: int) -> None:
-        """A pass of `num_tokens` tokens starts."""
+    def begin(self, num_tokens: int, *, is_allowed: bool = True) -> None:
+        """A pass of `num_tokens` tokens starts; it may stream where `is_allowed`."""
+        self._is_allowed = is_allowed
         self._expected = 1.0 - self._left_out ** (num_tokens / TOKENS_PER_CHOICE)
         self._num_lacked = self._num_needed = 0
 
@@ -54,4 +55,4 @@ class Streaming:
 
         A pass loads in vain, at most, 1 - `STREAM_SHARE` of what its layers lacked, and what one layer lacked.
         """
-        return self.share >= STREAM_SHARE
+        return self._is_allowed and self.share >= STREAM_SHARE
