@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 import time
 from datetime import UTC, datetime
@@ -204,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; see `--help`. 1: a system failed, and the file says how."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the systems' processes end with it
     return cli_main(lambda: _run(options))
 
 

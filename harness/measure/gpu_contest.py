@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from harness.measure import process as processes
@@ -128,7 +128,9 @@ class GpuContest:
         start: Start | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        self._model, self._device, self._facts, self._workload = model, device, facts, workload
+        self._model, self._device, self._workload = model, device, workload
+        # What is copied is an expert, not the pages around one in a file.
+        self._facts = replace(facts, slot_bytes=facts.expert_bytes)
         self._end_s, self._clock, self._start = end_s, clock, start or _start
         self._on_entry, self._on_profile, self._profiled = on_entry, on_profile, profiled
         self._stack, self._running = ExitStack(), dict[str, tuple[ExitStack, _Timed]]()
@@ -196,7 +198,9 @@ class GpuContest:
                 self._demands[block] = answer["demands"]
             found = {**opened, **self._peaks(process, None, has_prefill=True)}
             self._resident_prefill = found.get("prefill")
-            found["buffers"] = buffer_figures(found["memory"], self._facts.num_experts_total, self._known)
+            found["buffers"] = buffer_figures(
+                found["memory"], self._facts.model_bytes - self._facts.dense_bytes, self._known
+            )
             self.memory_rate = process.ask("memory_rate", timeout_s=_CALL_S)
             self._profile(RESIDENT, process)
         except ContenderFailed as error:
@@ -271,7 +275,7 @@ class GpuContest:
     def _finished(self, visit: Visit, process: _Timed, found: JsonDict) -> JsonDict:
         found |= self._peaks(process, self._resident_prefill, has_prefill=visit.has_prefill)
         if "slots" in found:
-            found["buffers"] = buffer_figures(found["memory"], found["slots"], self._known)
+            found["buffers"] = buffer_figures(found["memory"], found["slots_bytes"], self._known)
         self._profile(visit.name, process)
         process.ask("shut", timeout_s=_CALL_S)
         return found

@@ -160,13 +160,14 @@ def prefill_figures(taken: JsonDict, resident: JsonDict | None) -> JsonDict:
     return found
 
 
-def buffer_figures(memory: JsonDict, slots: int, known: Known) -> JsonDict:
-    """What of the peaks is neither dense weights, nor `slots` slots, nor KV cache, beside what is set aside for it."""
+def buffer_figures(memory: JsonDict, experts_bytes: int, known: Known) -> JsonDict:
+    """What of the peaks is neither dense weights, nor experts or their slots, nor KV cache; and what is set aside for
+    it."""
     from runtime.facts import CUDA_BUFFER_BYTES
 
     facts = known.facts
     kv_bytes = machine.kv_cache_bytes(facts.config, known.context, 1, dtype_bytes=facts.dtype.itemsize)
-    planned = facts.dense_bytes + slots * facts.slot_bytes + kv_bytes
+    planned = facts.dense_bytes + experts_bytes + kv_bytes
     return {
         "kv_bytes": kv_bytes,
         "peak_bytes": memory["peak_gpu_bytes"] - planned,

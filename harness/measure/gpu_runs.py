@@ -158,6 +158,7 @@ class GpuContender:
         found["notes"] = list(self._engine.notes)
         if self._engine.num_pools:
             found["slots"] = self._engine.num_slots
+            found["slots_bytes"] = sum(pool.arena.num_slots * pool.arena.slot_bytes for pool in self._engine._pools)
         return found
 
     def run(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> JsonDict:
