@@ -38,7 +38,7 @@ Start = Callable[[str, Spec, float], AbstractContextManager[Asked]]
 
 NO_PREFETCH = {"prefetch.depth": 0, "predictor.kind": "none"}
 REQUEST_CAP_S = 8.0
-LEAST_S = 12.0  # with less time than that, no visit is begun
+LEAST_S = 15.0  # with less time than that, no visit is begun
 _SHARE = 2.0  # of the time that is left, over an even one: most visits need less, and the last tell the least
 _DECODE_SHARE = 0.6  # of a visit's time
 _NO_TIME = "no time was left"
@@ -147,6 +147,11 @@ class GpuContest:
         return self._end_s - self._clock()
 
     @property
+    def _is_over(self) -> bool:
+        """What fails now has only been cut off."""
+        return self._left_s <= 0
+
+    @property
     def _known(self) -> Known:
         context = max(
             [len(one.prompt_ids) + len(one.output_ids) for one in self._workload.requests]
@@ -164,7 +169,7 @@ class GpuContest:
                     self.left_out.append(visit.name)
                     continue
                 later = {one.system for one in wanted[number + 1 :]}
-                self._visit(visit, _SHARE * self._left_s / (len(wanted) - number))
+                self._visit(visit, min(1.0, _SHARE / (len(wanted) - number)) * self._left_s)
                 if visit.system not in later:
                     self._end(visit.system)
         finally:
@@ -174,7 +179,7 @@ class GpuContest:
     def _process(self, system: str, kind: Kind) -> _Timed:
         """That of a system, started where it does not run."""
         if system not in self._running:
-            if self._left_s <= 0:
+            if self._is_over:
                 raise ContenderFailed(_NO_TIME, out_of_memory=False)
             stack = ExitStack()
             spec = Spec(kind, self._model, _threads(), device=self._device)
@@ -217,6 +222,9 @@ class GpuContest:
             found = self._measured(visit, process, share_s)
         except ContenderFailed as error:
             self._end(visit.system)
+            if self._is_over:
+                self.left_out.append(visit.name)
+                return
             found = {"overrides": dict(visit.overrides), "error": str(error)}
         found["total_s"] = self._clock() - began
         self.systems[visit.name] = found
@@ -239,7 +247,7 @@ class GpuContest:
         found = entry(ours, resident, opened, self._known)
         if ours.failure is not None:  # what it measured before is kept, but it is asked for nothing more
             self._end(visit.system)
-            return {**found, "error": ours.failure}
+            return {**found, "cut_off" if self._is_over else "error": ours.failure}
         return self._finished(visit, process, found)
 
     def _warm(self, visit: Visit, process: _Timed) -> tuple[Row, Row | None]:
@@ -269,8 +277,9 @@ class GpuContest:
         if self._samples:
             self.systems[RESIDENT] |= resident_entry(self._samples)
         if resident.failure is not None:
-            self.systems[RESIDENT]["error"] = resident.failure
             self._end(RESIDENT)
+            if not self._is_over:
+                self.systems[RESIDENT]["error"] = resident.failure
 
     def _finished(self, visit: Visit, process: _Timed, found: JsonDict) -> JsonDict:
         found |= self._peaks(process, self._resident_prefill, has_prefill=visit.has_prefill)

@@ -31,6 +31,8 @@ def system_line(name: str, found: JsonDict) -> str:
         parts.append(f"prefill {1e3 * found['prefill']['seconds']:.0f} ms")
     if "memory" in found:
         parts.append(f"{format_bytes(found['memory']['peak_gpu_bytes'])} of GPU memory")
+    if "cut_off" in found:
+        parts.append("cut off by the end of the time")
     if "error" in found:
         parts.append(f"FAILED: {found['error']}")
     return ", ".join(parts)
