@@ -14,8 +14,8 @@ help:
 	@echo "make bench     the tuned engine beside plain transformers and accelerate"
 	@echo "make bench-engine  decoding, prefill, batches and loading of the demo, as pytest-benchmark tests"
 	@echo "make bench-replay  how fast traces are replayed and requests are grouped"
-	@echo "make gpu-check  tests, exactness, bandwidth and one shape on a GPU; JSON in OUT   (PY=python3 where all is installed)"
-	@echo "make gpu-bench  systems on a GPU at the expert width SHAPE, such as SHAPE=12MiB"
+	@echo "make gpu-check  tests, exactness, bandwidth, a shape and a short tune on a GPU; JSON in OUT   (PY=python3 where all is installed)"
+	@echo "make gpu-bench  systems on a GPU at the expert width SHAPE: olmoe-1b-7b, deepseek-v2-lite, qwen3-30b-a3b, or a size"
 	@echo "make lint      ruff and mypy"
 
 $(VENV)/.core: pyproject.toml
@@ -63,17 +63,14 @@ bench-replay: $(VENV)/.test
 		--benchmark-timer=time.process_time \
 		--benchmark-columns=min,median,max,rounds $(ARGS)
 
-# No prerequisites: they run offline, with what is installed.
+# No prerequisites: they run offline, with what is installed. Nine minutes each at most.
 OUT   ?= results/gpu
-SHAPE ?= 12MiB
+SHAPE ?= olmoe-1b-7b
 gpu-check:
-	@mkdir -p $(OUT)
-	$(PY) -m pytest -m gpu tests/gpu --junit-xml=$(OUT)/tests.xml
-	$(PY) -m harness.probe --gpu 0 --seconds 3 --json > $(OUT)/probe.json
-	$(PY) -m harness.gpu_bench --expert-bytes 1MiB --out $(OUT) --only resident --only "25 %" --budget-s 60
+	$(PY) -m harness.gpu_check --out $(OUT) $(ARGS)
 
 gpu-bench:
-	$(PY) -m harness.gpu_bench --expert-bytes $(SHAPE) --out $(OUT) $(ARGS)
+	$(PY) -m harness.gpu_bench --shape $(SHAPE) --out $(OUT) --profile resident --profile "100 %" $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

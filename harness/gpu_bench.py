@@ -1,8 +1,8 @@
-"""Systems on a GPU side by side: `python -m harness.gpu_bench --expert-bytes 12MiB --hidden-size 2048 --out FOLDER`.
+"""Systems on a GPU side by side: `python -m harness.gpu_bench --shape olmoe-1b-7b --out FOLDER`.
 
-The demo widened to the expert width that is asked for, decoded one token at a time by replayed held-out text, and a
-long prompt: resident, offloaded at several residencies, with and without prefetch, on-demand copies, plain
-transformers, and accelerate's CPU offload. One JSON file, written anew after every system.
+The demo widened to the expert width of a model, on the demo's own grid of layers and experts: resident, offloaded at
+several residencies, on demand, copied synchronously, plain transformers, and accelerate's CPU offload. They decode
+replayed held-out text one token at a time and prefill a long prompt. One JSON file, written anew after every system.
 """
 
 from __future__ import annotations
@@ -10,103 +10,131 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.errors import UsageError, cli_main
 from runtime.files import write_atomic
-from runtime.machine import format_bytes, parse_bytes
+from runtime.machine import parse_bytes
 
 if TYPE_CHECKING:
-    import torch
-
-    from harness.measure.gpu_runs import System, Systems
-
-_PROFILED_TOKENS = 9  # more would take minutes to sum up
-_SLOW_TOKENS = 4
-NO_PREFETCH = {"prefetch.depth": 0, "predictor.kind": "none"}
-AHEAD = {"prefetch.on_trial": False}
+    from harness.measure.gpu_contest import GpuContest, Visit
+    from runtime.facts import ModelFacts
 
 
-class Contender(NamedTuple):
-    """A system and the overrides of the profile that it runs with."""
-
-    name: str
-    kind: str
-    overrides: dict[str, Any]
-    num_requests: int | None = None
-    has_prefill: bool = True
+JsonDict = dict[str, Any]
 
 
-def contenders(top_k: int, num_experts: int) -> Iterator[Contender]:
-    """In the order in which they are measured: the most telling first."""
-    yield Contender("resident", "resident", {})
-    yield Contender("25 %", "offloaded", {"cache.slots": "25%", **NO_PREFETCH})
-    yield Contender("25 %, prefetch", "offloaded", {"cache.slots": "25%", **AHEAD})
-    yield Contender("25 %, LRU", "offloaded", {"cache.slots": "25%", "cache.policy": "lru", **NO_PREFETCH})
-    yield Contender("on demand", "offloaded", {"cache.slots": top_k, "cache.policy": "lru", **NO_PREFETCH})
-    yield Contender("accelerate", "accelerate", {}, num_requests=1, has_prefill=False)
-    yield Contender("transformers", "transformers", {})
-    for share in ("6.25%", "10%", "50%", "100%"):
-        yield Contender(f"{share.rstrip('%')} %", "offloaded", {"cache.slots": share, **NO_PREFETCH})
+class Width(NamedTuple):
+    """Hidden and intermediate size of a model's experts."""
+
+    hidden_size: int
+    intermediate_size: int
 
 
-def _measure(system: System, contender: Contender, workload: Any, most_tokens: int) -> dict[str, Any]:
-    """The figures of one system; a slow one decodes one request, shortened, and no long prompt."""
-    from dataclasses import replace
-
-    if contender.num_requests is not None:
-        short = [replace(one, output_ids=one.output_ids[:most_tokens]) for one in workload.requests]
-        workload = replace(workload, requests=tuple(short[: contender.num_requests + 1]))
-    if not contender.has_prefill:
-        workload = replace(workload, long_prompt=())
-    return system.measure(workload)
+SHAPES = {
+    "olmoe-1b-7b": Width(2048, 1024),
+    "deepseek-v2-lite": Width(2048, 1408),
+    "qwen3-30b-a3b": Width(2048, 768),
+}
+BUDGET_S = 510.0  # of nine minutes: interpreters have to start and to end
 
 
-def _profile(system: System, request: Any, file: Path) -> None:
-    """What the host and the GPU spend the time of a short request on."""
-    from dataclasses import replace
-
-    from torch.profiler import ProfilerActivity, profile
-
-    few = replace(request, output_ids=request.output_ids[:_PROFILED_TOKENS])
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        seconds = system.step_s(few)
-    averages = seen.key_averages()
-    tables = [averages.table(sort_by=by, row_limit=25) for by in ("self_cpu_time_total", "self_cuda_time_total")]
-    write_atomic(file, f"{seconds:.4f} s\n" + "\n".join(tables))
-
-
-def _line(name: str, found: dict[str, Any]) -> str:
-    parts = [f"{name:<16}{found['tokens_per_s']:9.1f} tokens/s {found['tpot_ms_p50']:8.2f} ms"]
-    if "bytes_per_token" in found:
-        parts.append(f"{format_bytes(found['bytes_per_token'])} per token, {found['hit_rate']:.1%} hits")
-        parts.append(f"copies alone {found['replay_ms_per_token']:.2f} ms, stall {found['stall_ms_per_token']:.2f}")
-    if found["prefill"]:
-        parts.append(f"prefill {min(found['prefill']['seconds']) * 1e3:.0f} ms")
-    parts.append(f"{format_bytes(found['peak_gpu_bytes'])} of GPU memory")
-    return ", ".join(parts)
-
-
-def _run(options: argparse.Namespace) -> None:
-    started = time.perf_counter()
-
+def _checkpoint(shape: str) -> Path:
+    """The demo at that width, made where it is not there yet."""
     from harness.demo.widen import widened
-    from harness.measure.gpu_runs import GpuWorkload, Systems
-    from harness.measure.provenance import provenance
+
+    if shape in SHAPES:
+        hidden, intermediate = SHAPES[shape]
+        return widened(6 * hidden * intermediate, hidden_size=hidden)
+    try:
+        expert_bytes = parse_bytes(shape)
+    except UsageError as error:
+        raise UsageError(f"--shape {shape}: give a size such as 12MiB, or one of {', '.join(SHAPES)}") from error
+    return widened(expert_bytes)
+
+
+def _described(shape: str, facts: ModelFacts) -> JsonDict:
+    found, config = facts.identity, facts.config
+    of = f"the expert width of {shape}" if shape in SHAPES else "that expert size"
+    grid = f"{found.layers} layers x {found.experts} experts, top-{found.top_k}"
+    return {
+        "name": shape,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.moe_intermediate_size,
+        "expert_bytes": facts.expert_bytes,
+        "described": f"the demo at {of} ({config.hidden_size} x {config.moe_intermediate_size}, {found.dtype}) "
+        f"on its own grid of {grid}",
+    }
+
+
+class _Report:
+    """The file of a run."""
+
+    def __init__(self, options: argparse.Namespace, facts: ModelFacts) -> None:
+        from harness.measure.provenance import provenance
+
+        self.label = options.shape if options.shape in SHAPES else f"expert{facts.expert_bytes}"
+        self._folder = options.out
+        self._head = {
+            **provenance("harness.gpu_bench", datetime.now(UTC)),
+            "shape": _described(options.shape, facts),
+            "model": facts.identity.model_dump(),
+            "dense_bytes": facts.dense_bytes,
+            "experts_bytes": facts.num_experts_total * facts.expert_bytes,
+            "workload": {
+                name: getattr(options, name) for name in ("requests", "prompt_tokens", "output_tokens", "long_tokens")
+            },
+        }
+
+    def save(self, contest: GpuContest) -> list[JsonDict]:
+        """Write all that is known; the goals as they stand."""
+        from harness.measure.gpu_figures import derived, goals
+
+        figures = derived(contest.systems, self._head["experts_bytes"])
+        found = goals(contest.systems, figures)
+        report = {
+            **self._head,
+            "gpu": contest.gpu,
+            "memory_rate": contest.memory_rate,
+            "systems": contest.systems,
+            "derived": figures,
+            "goals": found,
+            "left_out": contest.left_out,
+        }
+        write_atomic(self._folder / f"bench-{self.label}.json", json.dumps(report, indent=1) + "\n")
+        return found
+
+    def save_profile(self, name: str, text: str) -> None:
+        """Beside it."""
+        plain = re.sub("[^A-Za-z0-9.]+", "-", name).strip("-")
+        write_atomic(self._folder / f"profile-{self.label}-{plain}.txt", text)
+
+
+def _run(options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    if options.table is not None:
+        from harness.report.gpu import markdown
+
+        print(markdown(options.table, list(SHAPES)))
+        return 0
+
+    from harness.measure.gpu_contest import GpuContest
+    from harness.measure.gpu_runs import GpuWorkload
+    from harness.report.gpu import goal_lines, system_line
     from runtime.devices import find_device, is_gpu
     from runtime.facts import describe
     from runtime.profile import Profile
 
-    device = find_device(options.device, Profile.default())
-    if not is_gpu(device):
+    if not is_gpu(find_device(options.device, Profile.default())):
         raise UsageError(f"--device {options.device}: this compares systems on a GPU; name cuda or cuda:N")
-    checkpoint = widened(parse_bytes(options.expert_bytes), hidden_size=options.hidden_size)
+    checkpoint = _checkpoint(options.shape)
     facts = describe(checkpoint)
+    wanted = _wanted(options, facts.top_k)
     workload = GpuWorkload.of(
         checkpoint,
         num_requests=options.requests,
@@ -114,84 +142,70 @@ def _run(options: argparse.Namespace) -> None:
         output_tokens=options.output_tokens,
         long_tokens=options.long_tokens,
     )
-    systems = Systems(checkpoint, device)
-    out = options.out / f"bench-expert{facts.expert_bytes}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {
-        **provenance("harness.gpu_bench", datetime.now(UTC)),
-        "gpu": _gpu(device),
-        "model": facts.identity.model_dump(),
-        "dense_bytes": facts.dense_bytes,
-        "experts": facts.num_experts_total,
-        "systems": {},
-    }
+    report = _Report(options, facts)
+
+    def on_entry(name: str) -> None:
+        report.save(contest)
+        print(system_line(name, contest.systems[name]), flush=True)
+
+    contest = GpuContest(
+        str(checkpoint),
+        options.device,
+        facts,
+        workload,
+        end_s=started + options.budget_s,
+        on_entry=on_entry,
+        on_profile=report.save_profile,
+        profiled=options.profile,
+    )
     print(f"{checkpoint.name}, ready after {time.perf_counter() - started:.0f} s", flush=True)
-    for contender in contenders(facts.top_k, facts.num_experts_total):
-        if options.only and contender.name not in options.only:
-            continue
-        if time.perf_counter() - started > options.budget_s:
-            print(f"no time left for {contender.name}")
-            continue
-        found = _one(systems, contender, workload, options, out.parent)
-        report["systems"][contender.name] = {"overrides": contender.overrides, **found}
-        write_atomic(out, json.dumps(report, indent=1) + "\n")
-        print(found["error"] if "error" in found else _line(contender.name, found), flush=True)
+    contest.run(wanted)
+    goals = report.save(contest)
+    for line in goal_lines(goals):
+        print(line)
+    if contest.left_out:
+        print(f"no time was left for {', '.join(contest.left_out)}")
+    failed = [name for name, one in contest.systems.items() if "error" in one]
+    return 1 if failed else 0
 
 
-def _one(
-    systems: Systems, contender: Contender, workload: Any, options: argparse.Namespace, folder: Path
-) -> dict[str, Any]:
-    began = time.perf_counter()
-    try:
-        system: System = getattr(systems, contender.kind)(contender.overrides)
-    except ImportError as error:
-        return {"error": f"{contender.name}: {error}"}
-    try:
-        loaded_s = time.perf_counter() - began
-        found = _measure(system, contender, workload, most_tokens=_SLOW_TOKENS)
-        if contender.name in options.profile:
-            name = re.sub("[^A-Za-z0-9.]+", "-", contender.name)
-            _profile(system, workload.requests[1], folder / f"profile-{name}.txt")
-        return {"load_s": loaded_s, "total_s": time.perf_counter() - began, **found}
-    finally:
-        system.close()
+def _wanted(options: argparse.Namespace, top_k: int) -> list[Visit]:
+    """All, or those that were named."""
+    from harness.measure.gpu_contest import visits
 
-
-def _gpu(device: torch.device) -> dict[str, Any]:
-    import torch
-
-    from harness.hardware.nvml import read_gpus
-
-    properties = torch.cuda.get_device_properties(device)
-    driver = read_gpus().driver
-    return {
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
-        "driver": driver.value,
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-    }
+    every = list(visits(top_k))
+    known = ["resident", *(one.name for one in every)]
+    for name in (*(options.only or ()), *options.profile):
+        if name not in known:
+            raise UsageError(f"no system is called {name!r}; known: {', '.join(map(repr, known))}")
+    return [one for one in every if not options.only or one.name in options.only]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.gpu_bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--expert-bytes", default="12MiB", help="of one expert, at most (default %(default)s)")
-    parser.add_argument("--hidden-size", type=int, help="the demo's times a power of two")
+    shapes = f"expert width of {', '.join(SHAPES)}, or a size of one expert (default %(default)s)"
+    parser.add_argument("--shape", default="olmoe-1b-7b", help=shapes)
     parser.add_argument("--device", default="cuda:0", help="(default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder (default %(default)s)")
-    parser.add_argument("--requests", type=int, default=3, help="decoded, after one to warm up (default %(default)s)")
+    parser.add_argument("--requests", type=int, default=6, help="decoded, after one to warm up (default %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="(default %(default)s)")
-    parser.add_argument("--output-tokens", type=int, default=128, help="(default %(default)s)")
+    parser.add_argument("--output-tokens", type=int, default=64, help="(default %(default)s)")
     parser.add_argument("--long-tokens", type=int, default=2048, help="of the prompt that is prefilled (%(default)s)")
-    parser.add_argument("--budget-s", type=float, default=480.0, help="no system is begun later (default %(default)s)")
-    parser.add_argument("--only", action="append", metavar="NAME", help="measure this system only; may be repeated")
-    parser.add_argument("--profile", action="append", default=[], metavar="NAME", help="also profile this system")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="for all of it (default %(default)s)")
+    only = 'measure this system beside the resident one only, such as "25 %%"; may be repeated'
+    parser.add_argument("--only", action="append", metavar="NAME", help=only)
+    parser.add_argument(
+        "--profile", action="append", default=[], metavar="NAME", help="also profile this system; may be repeated"
+    )
+    table = "measure nothing; print what that folder holds as Markdown"
+    parser.add_argument("--table", type=Path, metavar="FOLDER", help=table)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; see `--help`."""
+    """Run the command line; see `--help`. 1: a system failed, and the file says how."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the systems' processes end with it
     return cli_main(lambda: _run(options))
 
 

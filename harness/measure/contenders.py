@@ -19,6 +19,7 @@ from harness.measure.cgroup import join
 
 if TYPE_CHECKING:
     from harness.measure.batch_contender import BatchContender
+    from harness.measure.gpu_runs import GpuContender
     from runtime.engine import Engine
     from runtime.vocabulary import Load
 
@@ -136,7 +137,7 @@ class ReferenceContender(Contender):
         return {"demands": [[layer * self._num_experts + expert for expert in step] for layer, step in chosen]}
 
 
-def build(spec: JsonDict) -> Contender | BatchContender:
+def build(spec: JsonDict) -> Contender | BatchContender | GpuContender:
     """The contender that `spec` describes; see `harness.measure.process.Spec`."""
     import torch
 
@@ -156,6 +157,10 @@ def build(spec: JsonDict) -> Contender | BatchContender:
         from harness.measure import batch_contender
 
         return batch_contender.build(spec)
+    if kind.startswith("gpu_"):
+        from harness.measure import gpu_runs
+
+        return gpu_runs.build(kind, model, spec["device"])
     from harness.measure import baselines
 
     if kind == "resident":
@@ -196,7 +201,7 @@ def main(argument: str) -> int:
     if spec["cgroup"] is not None:
         join(spec["cgroup"])
     channel = _private_stdout()
-    contender: list[Contender | BatchContender] = []
+    contender: list[Contender | BatchContender | GpuContender] = []
 
     def load() -> JsonDict:
         contender.append(build(spec))

@@ -1,4 +1,8 @@
-"""Runs of one system on a GPU: batch-1 decode of held-out text, and the prefill of one long prompt."""
+"""One system on a GPU, in a process of its own: batch-1 decode of held-out text, and the prefill of one long prompt.
+
+A contender of `harness.measure.contenders`; its public methods are what the parent asks for. An offloaded system is
+opened anew for every residency: what one needed is no part of what the next is said to need.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,31 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from harness.measure.contenders import Contender, EngineContender
 from harness.measure.runner import Decoder, replay
-from harness.measure.stats import median
 from harness.measure.workload import TokenRequest, cut, load_workload, passages
 from runtime import machine
 from runtime.model import read_tokenizer
+from runtime.vocabulary import Load
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
-    from runtime.prompts import RequestResult
+    from runtime.transfer.base import Transfer
+
+JsonDict = dict[str, Any]
 
 PREFILL_REPEATS = 3
+READ_BYTES = 1 << 30  # of a buffer that is read: many times what a GPU's caches hold
+_READS, _READ_REPEATS = 8, 5
+_PROFILED_TOKENS = 9  # more would take minutes to sum up
 
 
 @dataclass(frozen=True)
@@ -52,146 +64,251 @@ class GpuWorkload:
         return cls(requests, tuple(ids[:long_tokens]))
 
 
-class System:
-    """A model on a GPU that decodes by replay. `close` gives everything back."""
-
-    def __init__(self, model: Any, engine: Engine | None, device: torch.device) -> None:
-        self._model, self._engine, self._device = model, engine, device
-
-    def measure(self, workload: GpuWorkload) -> dict[str, Any]:
-        """Decode figures by request, those of the prefill, and peaks of memory. Bytes are counted while decoding."""
-        torch.cuda.synchronize(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        replay(self._model, workload.requests[:1])
-        self._counts: list[dict[str, Any]] = []
-        run = replay(self._model, workload.requests[1:], on_decode=self._begin, on_finish=self._finish)
-        decode_s = [one.finish_s - one.first_token_s for one in run.requests]
-        steps = [one.num_tokens - 1 for one in run.requests]
-        rows = [
-            {"decode_s": seconds, "steps": number, "ttft_ms": one.ttft_ms, **counted}
-            for seconds, number, one, counted in zip(decode_s, steps, run.requests, self._counts, strict=True)
-        ]
-        found: dict[str, Any] = {
-            "tokens_per_s": sum(steps) / sum(decode_s),
-            "tpot_ms_p50": median([1e3 * seconds / number for seconds, number in zip(decode_s, steps, strict=True)]),
-            "sha256": run.sha256,
-            "requests": rows,
-        }
-        found |= _totals(rows)
-        found["decode_peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self._device)
-        found["prefill"] = self._prefill(workload.long_prompt)
-        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self._device)
-        found["peak_reserved_gpu_bytes"] = torch.cuda.max_memory_reserved(self._device)
-        found["peak_host_bytes"] = machine.peak_resident_bytes()
-        return found
-
-    def step_s(self, request: TokenRequest) -> float:
-        """Seconds of replaying one request; for profilers."""
-        start = time.perf_counter()
-        replay(self._model, [request])
-        return time.perf_counter() - start
-
-    def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-        self._model = self._engine = None
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    @torch.inference_mode()
-    def _prefill(self, prompt: Sequence[int]) -> dict[str, Any]:
-        if not prompt:
-            return {}
-        seconds, moved, digest = list[float](), list[int](), hashlib.sha256()
-        for _ in range(PREFILL_REPEATS):
-            if self._engine is not None:
-                self._engine.reset_stats()
-            torch.cuda.synchronize(self._device)
-            start = time.perf_counter()
-            digest.update(repr(Decoder(self._model).step(prompt)).encode())
-            seconds.append(time.perf_counter() - start)
-            moved.append(self._engine.stats().num_bytes if self._engine is not None else 0)
-        return {"tokens": len(prompt), "seconds": seconds, "bytes": moved, "sha256": digest.hexdigest()}
-
-    def _begin(self) -> None:
-        if self._engine is not None:
-            self._engine.reset_stats()
-
-    def _finish(self, result: RequestResult) -> None:
-        self._counts.append(self._end())
-
-    def _end(self) -> dict[str, Any]:
-        if self._engine is None or not self._engine.num_pools:
-            return {}
-        torch.cuda.synchronize(self._device)
-        stats, needed = self._engine.stats(), tuple(self._engine.needed_loads or ())
-        cache = stats.cache
-        counted: dict[str, Any] = {
-            "num_bytes": stats.num_bytes,
-            "num_loads": stats.num_loads,
-            "busy_s": stats.busy_s,
-            "stall_s": stats.stall_s,
-            "hits": cache.num_hits,
-            "in_flight": cache.num_in_flight,
-            "misses": cache.num_misses,
-            "prefetched": cache.num_prefetch_issued,
-            "wasted": cache.num_prefetch_wasted,
-        }
-        return {**counted, "needed_loads": len(needed), "replay_s": self._engine.replay_loads(needed)}
-
-
-def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per token and per lookup, over all requests; nothing for a resident model."""
-    if "num_bytes" not in rows[0]:
-        return {}
-    steps = sum(row["steps"] for row in rows)
-    lookups = sum(row["hits"] + row["in_flight"] + row["misses"] for row in rows)
-    return {
-        "bytes_per_token": sum(row["num_bytes"] for row in rows) / steps,
-        "hit_rate": sum(row["hits"] for row in rows) / lookups,
-        "in_flight_rate": sum(row["in_flight"] for row in rows) / lookups,
-        "replay_ms_per_token": 1e3 * sum(row["replay_s"] for row in rows) / steps,
-        "stall_ms_per_token": 1e3 * sum(row["stall_s"] for row in rows) / steps,
-        "busy_ms_per_token": 1e3 * sum(row["busy_s"] for row in rows) / steps,
-    }
-
-
 @dataclass(frozen=True)
 class Systems:
-    """Makes the systems that are compared, each from the checkpoint."""
+    """Makes the systems that are compared, each from the checkpoint: a model, and its engine if it is one of ours."""
 
-    checkpoint: Path
+    checkpoint: str
     device: torch.device
 
-    def resident(self, overrides: Mapping[str, Any]) -> System:
+    def make(self, kind: str, overrides: Mapping[str, Any]) -> tuple[Any, Engine | None]:
+        """One of the kinds below."""
+        made: tuple[Any, Engine | None] = getattr(self, kind)(overrides)
+        return made
+
+    def gpu_reference(self, overrides: Mapping[str, Any]) -> tuple[Any, Engine]:
         """The whole model on the GPU through our kernels: what ours must equal to the bit."""
         import runtime
 
         engine = runtime.load_reference(self.checkpoint, device=self.device, overrides=overrides)
-        return System(engine.model, engine, self.device)
+        return engine.model, engine
 
-    def offloaded(self, overrides: Mapping[str, Any]) -> System:
+    def gpu_engine(self, overrides: Mapping[str, Any]) -> tuple[Any, Engine]:
         """Our engine."""
         import runtime
 
         engine = runtime.load(self.checkpoint, device=self.device, overrides=overrides, record_loads=True)
-        return System(engine.model, engine, self.device)
+        return engine.model, engine
 
-    def transformers(self, overrides: Mapping[str, Any]) -> System:
+    def gpu_synchronous(self, overrides: Mapping[str, Any]) -> tuple[Any, Engine]:
+        """Our engine as others copy: one expert after the other, each waited for by the host before it computes."""
+        model, engine = self.gpu_engine(overrides)
+        for pool in engine._pools:
+            copy_synchronously(pool.coordinator.transfer)
+        return model, engine
+
+    def gpu_plain(self, overrides: Mapping[str, Any]) -> tuple[Any, None]:
         """The whole model on the GPU as transformers runs it."""
-        return System(self._plain.to(self.device), None, self.device)
+        return self._plain.to(self.device), None
 
-    def accelerate(self, overrides: Mapping[str, Any]) -> System:
+    def gpu_accelerate(self, overrides: Mapping[str, Any]) -> tuple[Any, None]:
         """Accelerate's CPU offload: every weight in host memory, copied before its module runs. Needs accelerate."""
         from accelerate.big_modeling import cpu_offload
 
-        return System(_OnDevice(cpu_offload(self._plain, self.device), self.device), None, self.device)
+        return _OnDevice(cpu_offload(self._plain, self.device), self.device), None
 
     @property
     def _plain(self) -> Any:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype="auto").eval()
+
+
+def copy_synchronously(transfer: Transfer) -> None:
+    """From now on every load has ended when `submit` returns."""
+    submit = transfer.submit
+
+    @wraps(submit)
+    def submit_and_wait(loads: Sequence[Load]) -> None:
+        for load in loads:
+            submit([load])
+            transfer.wait_any([load.expert])
+            transfer.drain()
+
+    transfer.submit = submit_and_wait  # type: ignore[method-assign]
+
+
+class GpuContender:
+    """The systems of one kind, one of them open at a time. Figures of memory are those since it was opened."""
+
+    def __init__(self, kind: str, systems: Systems) -> None:
+        self._kind, self._systems, self._device = kind, systems, systems.device
+        self._model: Any = None
+        self._engine: Engine | None = None
+        self._contender: Contender | None = None
+
+    def facts(self) -> JsonDict:
+        """What the GPU is."""
+        return {"gpu": gpu_facts(self._device)}
+
+    def open(self, overrides: Mapping[str, Any]) -> JsonDict:
+        """Load it; what is known then. `slots` is there for an engine that has some."""
+        self.shut()
+        machine.reset_peak()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        start = time.perf_counter()
+        self._model, self._engine = self._systems.make(self._kind, overrides)
+        found: JsonDict = {"overrides": dict(overrides), "load_s": time.perf_counter() - start}
+        if self._engine is None:
+            self._contender = Contender(self._model)
+            return found
+        # Measured with the slots that it was given.
+        self._engine.pressure = None
+        self._contender = _EngineContender(self._engine, self._device)
+        found["notes"] = list(self._engine.notes)
+        if self._engine.num_pools:
+            found["slots"] = self._engine.num_slots
+            found["slots_bytes"] = sum(pool.arena.num_slots * pool.arena.slot_bytes for pool in self._engine._pools)
+        return found
+
+    def run(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> JsonDict:
+        """Prefill `prompt_ids`, then replay `output_ids`; see `Contender.run`."""
+        assert self._contender is not None, "nothing is open"
+        return self._contender.run(prompt_ids, output_ids)
+
+    def replay_loads(self) -> JsonDict:
+        """Time the loads that the last run's decode needed. None where each is waited for: that is another path."""
+        if self._kind == "gpu_synchronous" or not isinstance(self._contender, EngineContender):
+            return {"replay_s": None}
+        return self._contender.replay_loads()
+
+    def demands(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> JsonDict:
+        """The distinct experts (ids over all layers) that each layer step of the decode needs; untimed."""
+        assert self._engine is not None, "only an engine of ours says what its routers chose"
+        _, num_experts = self._engine.routing_shape
+        steps: list[list[int]] = []
+
+        def observe(layer: int, choice: npt.NDArray[np.int64], weights: torch.Tensor) -> None:
+            steps.append([layer * num_experts + expert for expert in np.unique(choice).tolist()])
+
+        request = TokenRequest("bench", "bench", tuple(prompt_ids), tuple(output_ids))
+        stop = self._engine.observe_routing(observe)
+        try:
+            replay(self._model, [request], on_decode=steps.clear)
+        finally:
+            stop()
+        return {"demands": steps}
+
+    @torch.inference_mode()
+    def prefill(self, prompt_ids: Sequence[int]) -> JsonDict:
+        """Seconds of prefilling `prompt_ids`, by repeat, and of a replay of its loads alone; the first one warms up."""
+        engine, rows = self._engine, list[JsonDict]()
+        logits = torch.empty(0)
+        for _ in range(1 + PREFILL_REPEATS):
+            if engine is not None:
+                engine.reset_stats()
+            torch.cuda.synchronize(self._device)
+            start = time.perf_counter()
+            logits = Decoder(self._model).logits(prompt_ids).float().cpu()
+            row: JsonDict = {"prefill_s": time.perf_counter() - start}
+            if engine is not None and engine.num_pools:
+                torch.cuda.synchronize(self._device)
+                needed, moved = tuple(engine.needed_loads or ()), engine.stats()
+                row |= {"num_loads": moved.num_loads, "num_bytes": moved.num_bytes, "needed_loads": len(needed)}
+                can_replay = engine.num_pools == 1 and self._kind == "gpu_engine"
+                row["replay_s"] = engine.replay_loads(needed) if can_replay else None
+            rows.append(row)
+        digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+        return {"num_tokens": len(prompt_ids), "repeats": rows[1:], "logits_sha256": digest}
+
+    def memory(self) -> JsonDict:
+        """Peaks, and what is held between passes."""
+        gc.collect()
+        return {
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated(self._device),
+            "peak_reserved_gpu_bytes": torch.cuda.max_memory_reserved(self._device),
+            "held_gpu_bytes": torch.cuda.memory_allocated(self._device),
+            "peak_host_bytes": machine.peak_resident_bytes(),
+        }
+
+    def memory_rate(self) -> JsonDict:
+        """Bytes per second at which the GPU reads its memory, and how that was measured."""
+        return {"memory_bytes_per_s": read_bytes_per_s(self._device), "how": READ_HOW}
+
+    def profile(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> JsonDict:
+        """Tables of what the host and the GPU spend the time of a short request on."""
+        from torch.profiler import profile, supported_activities
+
+        few = tuple(output_ids[:_PROFILED_TOKENS])
+        request = TokenRequest("bench", "bench", tuple(prompt_ids), few)
+        with profile(activities=supported_activities()) as seen:
+            start = time.perf_counter()
+            replay(self._model, [request])
+            seconds = time.perf_counter() - start
+        averages = seen.key_averages()
+        tables = [averages.table(sort_by=by, row_limit=25) for by in ("self_cpu_time_total", "self_cuda_time_total")]
+        head = f"{seconds:.4f} s for the prefill of {len(prompt_ids)} tokens and {len(few) - 1} decode steps"
+        return {"text": "\n".join([head, *tables]) + "\n"}
+
+    def shut(self) -> JsonDict:
+        """Give everything back; another one can be opened then."""
+        if self._engine is not None:
+            self._engine.close()
+        self._model = self._engine = self._contender = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        return {}
+
+    def close(self) -> JsonDict:
+        return self.shut()
+
+
+class _EngineContender(EngineContender):
+    """Counts when all copies have ended."""
+
+    def __init__(self, engine: Engine, device: torch.device) -> None:
+        super().__init__(engine)
+        self._device = device
+
+    def _end_decode(self) -> JsonDict:
+        if not self._engine.num_pools:
+            return {}
+        torch.cuda.synchronize(self._device)
+        return super()._end_decode()
+
+
+READ_HOW = f"torch.sum of {READ_BYTES >> 20} MiB of float32, {_READS} in a row, best of {_READ_REPEATS}"
+
+
+def read_bytes_per_s(device: torch.device) -> float:
+    """Best rate at which a kernel that does nothing else reads a buffer in the memory of `device`."""
+    buffer = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
+    seconds = []
+    for _ in range(1 + _READ_REPEATS):  # the first one compiles and chooses
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(_READS):
+            buffer.sum()
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return _READS * READ_BYTES / min(seconds[1:])
+
+
+def gpu_facts(device: torch.device) -> JsonDict:
+    """Name, memory and software of a GPU."""
+    from harness.hardware.nvml import read_gpus
+
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "driver": read_gpus().driver.value,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+    }
+
+
+def build(kind: str, checkpoint: str, device: str) -> GpuContender:
+    """The contender of a process; nothing is loaded yet.
+
+    Raises:
+        DeviceError: there is no such GPU.
+    """
+    from runtime.devices import find_device
+    from runtime.profile import Profile
+
+    machine.return_freed_memory()
+    return GpuContender(kind, Systems(checkpoint, find_device(device, Profile.default())))
 
 
 class _OnDevice:

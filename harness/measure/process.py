@@ -17,7 +17,20 @@ from harness.measure.cgroup import MemoryCgroup, memory_cgroup
 from harness.measure.line_process import HasEnded, LineProcess, NoAnswer
 from runtime.errors import ExpertFlowError
 
-Kind = Literal["engine", "reference", "resident", "accelerate_experts", "accelerate_layers", "batch", "batch_resident"]
+Kind = Literal[
+    "engine",
+    "reference",
+    "resident",
+    "accelerate_experts",
+    "accelerate_layers",
+    "batch",
+    "batch_resident",
+    "gpu_reference",
+    "gpu_engine",
+    "gpu_synchronous",
+    "gpu_plain",
+    "gpu_accelerate",
+]
 
 LOAD_TIMEOUT_S = 600.0
 _ROOT = Path(__file__).parents[2]
@@ -36,7 +49,7 @@ class Spec:
     """What a contender process loads.
 
     `overrides` and `profile` are for the engine and the reference, `implementation` (of experts) for the others;
-    `folder` is where accelerate may write.
+    `folder` is where accelerate may write. `device` is for those of a GPU, which load when they are asked to.
     """
 
     kind: Kind
@@ -46,6 +59,7 @@ class Spec:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     implementation: str | None = None
     folder: str | None = None
+    device: str | None = None
 
 
 class ContenderProcess:
@@ -112,12 +126,21 @@ class ContenderProcess:
 
 
 def _is_out_of_memory(message: str) -> bool:
-    told = ("MemoryError", "BudgetError", "not enough memory", "can't allocate memory", "Cannot allocate memory")
+    told = (
+        "MemoryError",
+        "BudgetError",
+        "out of memory",
+        "not enough memory",
+        "can't allocate memory",
+        "Cannot allocate memory",
+    )
     return any(words in message for words in told)
 
 
 @contextlib.contextmanager
-def start(name: str, spec: Spec, *, limit_bytes: int | None, use_cgroup: bool) -> Iterator[ContenderProcess]:
+def start(
+    name: str, spec: Spec, *, limit_bytes: int | None, use_cgroup: bool, load_timeout_s: float = LOAD_TIMEOUT_S
+) -> Iterator[ContenderProcess]:
     """A contender that has loaded its model, in a memory cgroup of its own where `use_cgroup`; ended with the block.
 
     Raises:
@@ -128,7 +151,7 @@ def start(name: str, spec: Spec, *, limit_bytes: int | None, use_cgroup: bool) -
         group = stack.enter_context(memory_cgroup(name, limit_bytes)) if use_cgroup else None
         process = ContenderProcess(spec, group, folder / "stderr")
         try:
-            process.facts = process.receive(LOAD_TIMEOUT_S)
+            process.facts = process.receive(load_timeout_s)
             yield process
         except BaseException:
             process.kill()

@@ -1,0 +1,102 @@
+"""The steps of a GPU's check: that each is run and ended, and that what failed is said, whatever it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import gpu_bench, gpu_check, probe, tune
+from harness.gpu_check import GRACE_S, Step, check, run_step, steps
+
+JUNIT = """<testsuites><testsuite errors="1" failures="1" skipped="2" tests="7">
+<testcase classname="tests.gpu.test_a" name="test_good"/>
+<testcase classname="tests.gpu.test_a" name="test_bad"><failure message="assert 1 == 2&#10;more"/></testcase>
+<testcase classname="tests.gpu.test_b" name="test_worse"><error message="no GPU"/></testcase>
+</testsuite></testsuites>"""
+
+
+def code(name: str, text: str, timeout_s: float = 20.0, **more: Any) -> Step:
+    return Step(name, ("-c", text), timeout_s, **more)
+
+
+def test_every_step_runs_and_the_end_says_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    junit = f"open({str(tmp_path / 'tests.xml')!r}, 'w').write({JUNIT!r}); raise SystemExit(1)"
+    wanted = [
+        code("tests", junit),
+        code("probe", "import sys; print('{}'); print('told', file=sys.stderr)", output="probe.json"),
+        code("tune", "import sys; sys.exit('error: --gpu 0: not yet')"),
+        code("hangs", "import time; time.sleep(60)", timeout_s=0.5),
+    ]
+    assert not check(wanted, tmp_path)
+    found = json.loads((tmp_path / "check.json").read_text())
+    tests, probed, tuned, hung = found["steps"]
+    assert [one["status"] for one in found["steps"]] == ["failed", "passed", "failed", "failed"]
+    assert tests["summary"]["tests"] == 7 and tests["summary"]["skipped"] == 2
+    assert [one["why"] for one in tests["summary"]["failed"]] == ["assert 1 == 2", "no GPU"]
+    assert (tmp_path / "probe.json").read_text() == "{}\n" and (tmp_path / "probe.log").read_text() == "told\n"
+    assert probed["exit_code"] == 0 and tuned["why"] == "exit code 1: error: --gpu 0: not yet"
+    assert hung["why"] == "not done within 0.5 s" and hung["seconds"] < 20
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "gpu-check: passed: probe; FAILED: tests, tune, hangs"
+
+
+def test_all_that_passed_is_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check([code("one", "print('fine')")], tmp_path)
+    assert (tmp_path / "one.log").read_text() == "fine\n"
+    assert capsys.readouterr().out.splitlines()[-1] == "gpu-check: passed: one; FAILED: nothing"
+
+
+def test_a_step_that_hangs_takes_what_it_started_with_it(tmp_path: Path) -> None:
+    text = (
+        "import subprocess, sys, time; "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    found = run_step(code("hangs", text, timeout_s=3.0), tmp_path)
+    assert found["status"] == "failed" and found["exit_code"] is None
+    child = int((tmp_path / "hangs.log").read_text())
+    for _ in range(100):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, 9)
+        pytest.fail("it lives on")
+
+
+def test_a_missing_interpreter_is_a_failed_step(tmp_path: Path) -> None:
+    found = run_step(code("one", ""), tmp_path, python=str(tmp_path / "python"))
+    assert found["status"] == "failed" and "No such file" in found["why"]
+
+
+def test_the_steps_fit_nine_minutes_and_are_commands_that_exist(tmp_path: Path) -> None:
+    wanted = list(steps(tmp_path, 0))
+    assert sum(step.timeout_s + GRACE_S for step in wanted) < 9 * 60
+    parsers = {
+        "harness.probe": probe._parser(),
+        "harness.gpu_bench": gpu_bench._parser(),
+        "harness.tune": tune._parser(),
+    }
+    parsed = [parsers[step.words[1]].parse_args(step.words[2:]) for step in wanted if step.words[1] in parsers]
+    assert len(parsed) == 3 and [one.name for one in wanted] == ["tests", "exactness", "probe", "bench", "tune"]
+
+
+@pytest.mark.parametrize("more", [["--only", "everything"], ["--out", "/proc/nowhere"]])
+def test_mistakes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+    assert gpu_check.main(["--out", str(tmp_path), *more]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_pytest_runs_without_its_plug_ins(tmp_path: Path) -> None:
+    """As where pytest alone is installed: the options in pyproject.toml name a plug-in."""
+    (step,) = [one for one in steps(tmp_path, 0) if one.name == "tests"]
+    words = (*step.words, "-p", "no:benchmark", "--collect-only")
+    found = run_step(step._replace(words=words), tmp_path)
+    assert found["status"] == "passed", (tmp_path / "tests.log").read_text()
+    assert "test_gpu_engine.py" in (tmp_path / "tests.log").read_text()
