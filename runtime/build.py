@@ -178,7 +178,7 @@ def _install(
         module._expertflow = LayerRunner(module, source, lambda: kernels[passes.current.phase])
         runners.append(module._expertflow)
     loaded.model.set_experts_implementation(IMPLEMENTATION)
-    if (generation := loaded.model.generation_config) is not None:
+    if (generation := getattr(loaded.model, "generation_config", None)) is not None:  # token classifiers have none
         # On a GPU with a static cache `generate` would compile what looks at the host for every layer.
         generation.disable_compile = True
     return runners, kernels
