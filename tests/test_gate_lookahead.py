@@ -49,16 +49,18 @@ def _routers(count: int) -> list[Router]:
     return [Router(torch.randn(EXPERTS, HIDDEN, generator=generator)) for _ in range(count)]
 
 
-def _observation(hidden: torch.Tensor) -> Observation:
-    tokens = len(hidden)
-    return Observation(Pass(Phase.DECODE, tokens, 0), np.zeros((tokens, TOP_K), np.int64), hidden)
+def _observe(predictor: GateLookahead, hidden: torch.Tensor) -> None:
+    """As the first layer."""
+    asked = [tensor.numpy() for tensor in predictor.ask(0, hidden)]
+    choice = np.zeros((len(hidden), TOP_K), np.int64)
+    predictor.observe(0, Observation(Pass(Phase.DECODE, len(hidden), 0), choice, lambda: asked))
 
 
 def test_forecasts_what_the_next_layers_routers_choose() -> None:
     routers = _routers(4)
     predictor = GateLookahead([LookaheadRouter(router, None) for router in routers], EXPERTS, depth=2)
     hidden = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(2))
-    predictor.observe(0, _observation(hidden))
+    _observe(predictor, hidden)
     forecast = predictor.forecast(0)
     for layer in (1, 2):
         logits, _, chosen = routers[layer](hidden)
@@ -75,9 +77,9 @@ def test_corrects_for_the_gain_of_the_norms_between() -> None:
     assert all(isinstance(router, LookaheadRouter) for router in asked)
     direction = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(3))
     corrected = GateLookahead(asked, EXPERTS, depth=1)  # type: ignore[arg-type]
-    corrected.observe(0, _observation(direction * gains[0]))
+    _observe(corrected, direction * gains[0])
     truth = GateLookahead([LookaheadRouter(router, None) for router in routers], EXPERTS, depth=1)
-    truth.observe(0, _observation(direction * gains[1]))
+    _observe(truth, direction * gains[1])
     np.testing.assert_allclose(corrected.forecast(0)[1], truth.forecast(0)[1], rtol=1e-4)
 
 
@@ -113,5 +115,5 @@ def test_asking_leaves_hooks_on_routers_alone() -> None:
     assert taken is not None and taken.shape == (6, HIDDEN)
     assert tap() is None  # nothing of a long prompt stays behind
     predictor = GateLookahead([LookaheadRouter(router, None) for router in routers], EXPERTS, depth=1)
-    predictor.observe(0, _observation(torch.ones(1, HIDDEN)))
+    _observe(predictor, torch.ones(1, HIDDEN))
     assert not seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,10 @@ class Coordinator:
         else:
             self._predict(BEFORE_FIRST_LAYER)
             self._prefetch(BEFORE_FIRST_LAYER, passing.num_tokens)
+
+    def ask(self, layer: int, passing: Pass, hidden: Any) -> Sequence[Any]:
+        """Tensors that the predictor wants to see of a layer's `hidden`, in the observation that `serve` is given."""
+        return self.predictor.ask(layer, hidden) if self._observes(passing) else ()
 
     def serve(
         self, layer: int, demand: Sequence[int], tokens: Sequence[int], observation: Observation
@@ -122,6 +127,10 @@ class Coordinator:
         """Somebody acts on a forecast: the prefetch or the policy."""
         return self._depth > 0 or self.residency.foresees or self.refreshes
 
+    def _observes(self, passing: Pass) -> bool:
+        """The predictor sees the layers of a pass."""
+        return self._is_asked and (passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0)
+
     def _reading(self) -> Reading:
         counts, moved = self.residency.counts(), self.transfer.stats()
         return Reading(
@@ -139,10 +148,8 @@ class Coordinator:
         self._forecast = None
         if not self._is_asked:
             return
-        if observation is not None:
-            passing = observation.passing
-            if passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0:
-                self.predictor.observe(layer, observation)
+        if observation is not None and self._observes(observation.passing):
+            self.predictor.observe(layer, observation)
         self._forecast = self.predictor.forecast(layer)
         if self._forecast is not None and self.residency.foresees:
             first = 0 if self.predictor.sees_next_pass else layer + 1

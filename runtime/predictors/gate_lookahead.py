@@ -9,8 +9,9 @@ one's.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,17 +56,24 @@ class RouterInput:
             self._last = args[0].detach().reshape(-1, args[0].shape[-1])
 
 
-class _Corrected:
-    """Hidden states as the routers of later layers would see them, as far as the norms' gains differ."""
+class _LaterRouters:
+    """Asks the routers of the next `depth` layers about a hidden state, corrected as far as the norms' gains differ."""
 
-    def __init__(self, routers: Sequence[LookaheadRouter]) -> None:
-        self._routers = routers
+    def __init__(self, routers: Sequence[LookaheadRouter], depth: int) -> None:
+        self._routers, self._depth = routers, depth
         self._factors: dict[tuple[int, int], torch.Tensor | None] = {}
 
-    def __call__(self, hidden: torch.Tensor, layer: int, later: int) -> torch.Tensor:
-        """`hidden`, the input of the router of `layer`, for the router of `later`."""
-        factor = self._factor(layer, later)
-        return hidden if factor is None else hidden * factor
+    @torch.inference_mode()
+    def ask(self, layer: int, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Logits, float32 [tokens, experts], and choice, int64 [tokens, top_k], by turns, of each later layer's router
+        for `hidden`, the input of the router of `layer`."""
+        found = []
+        for later in range(layer + 1, min(layer + self._depth, len(self._routers) - 1) + 1):
+            factor = self._factor(layer, later)
+            # `forward`, not `__call__`: hooks on routers record router logits for the user and must not see guesses.
+            answer = self._routers[later].module.forward(hidden if factor is None else hidden * factor)
+            found += [answer[0].float(), answer[2]]
+        return found
 
     def _factor(self, layer: int, later: int) -> torch.Tensor | None:
         if (layer, later) not in self._factors:
@@ -79,17 +87,17 @@ class GateLookahead(Predictor):
     """Args: routers of the pool's layers in execution order; num_experts per layer; depth in layers ahead (>= 1)."""
 
     def __init__(self, routers: Sequence[LookaheadRouter], num_experts: int, depth: int) -> None:
-        self._routers, self._depth, self._corrected = routers, depth, _Corrected(routers)
+        self._later = _LaterRouters(routers, depth)
         self._forecast: Forecast = np.zeros((len(routers), num_experts), np.float32)
 
-    @torch.inference_mode()
+    def ask(self, layer: int, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Logits [tokens, experts] and choice [tokens, top_k] of the routers of the next `depth` layers."""
+        return self._later.ask(layer, hidden)
+
     def observe(self, layer: int, observation: Observation) -> None:
-        """Forecast the next `depth` layers from `observation.hidden`."""
-        if observation.hidden is None:
-            return
-        for later in range(layer + 1, min(layer + self._depth, len(self._routers) - 1) + 1):
-            hidden = self._corrected(observation.hidden, layer, later)
-            self._forecast[later] = _expected(self._routers[later].module, hidden)
+        """Forecast the next `depth` layers from what their routers answered."""
+        for ahead, (logits, chosen) in enumerate(_by_turns(observation.answers()), start=1):
+            self._forecast[layer + ahead] = _expected(logits, chosen)
 
     def forecast(self, layer: int) -> Forecast | None:
         """Expected tokens per expert: mean of "is chosen" and min(1, k * router probability), summed over tokens."""
@@ -104,25 +112,22 @@ class RankedLookahead:
     """
 
     def __init__(self, routers: Sequence[LookaheadRouter], depth: int) -> None:
-        self._routers, self._depth, self._corrected = routers, depth, _Corrected(routers)
+        self._later, self._depth = _LaterRouters(routers, depth), depth
         self._inputs = [RouterInput(router.module) for router in routers]
 
-    @torch.inference_mode()
-    def __call__(self, layer: int, k: int) -> npt.NDArray[np.uint16] | None:
-        """At `layer`, which has just been routed, the likeliest `k` experts for each of the next layers.
-
-        Returns:
-            uint16 [tokens, depth, k], best first, `NO_PREDICTION` for layers beyond the last. None: the router was not
-            called with a hidden state since it was asked about last.
-        """
+    def ask(self, layer: int) -> list[torch.Tensor] | None:
+        """What `ranked` needs on the host of `layer`, which has just been routed. None: its router was not called with
+        a hidden state since it was asked about last."""
         hidden = self._inputs[layer]()
-        if hidden is None:
-            return None
-        found = np.full((len(hidden), self._depth, k), NO_PREDICTION, np.uint16)
-        for ahead in range(1, min(self._depth, len(self._routers) - 1 - layer) + 1):
-            later = layer + ahead
-            chosen = ranked(self._routers[later].module, self._corrected(hidden, layer, later), k)
-            found[:, ahead - 1, : chosen.shape[1]] = chosen
+        return None if hidden is None else self._later.ask(layer, hidden)
+
+    def ranked(self, answers: Sequence[npt.NDArray[Any]], num_tokens: int, k: int) -> npt.NDArray[np.uint16]:
+        """The likeliest `k` experts for each of the next layers, uint16 [tokens, depth, k], best first;
+        `NO_PREDICTION` for layers beyond the last."""
+        found = np.full((num_tokens, self._depth, k), NO_PREDICTION, np.uint16)
+        for ahead, (logits, chosen) in enumerate(_by_turns(answers)):
+            best = ranked(logits, chosen, k)
+            found[:, ahead, : best.shape[1]] = best
         return found
 
     def close(self) -> None:
@@ -131,17 +136,15 @@ class RankedLookahead:
             router_input.close()
 
 
-def ranked(router: nn.Module, hidden: torch.Tensor, k: int) -> npt.NDArray[np.int64]:
-    """The experts of each token, int64 [tokens, min(k, experts)]: those that the router chooses by descending logit,
+def ranked(logits: npt.NDArray[np.float32], chosen: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+    """The experts of each token, int64 [tokens, min(k, experts)]: those that its router chooses by descending logit,
     then the others likewise."""
-    logits, chosen = _ask(router, hidden)
     is_other = np.ones(logits.shape, np.bool_)
     np.put_along_axis(is_other, chosen, False, axis=1)
     return np.lexsort((-logits, is_other), axis=1)[:, :k]
 
 
-def _expected(router: nn.Module, hidden: torch.Tensor) -> Forecast:
-    logits, chosen = _ask(router, hidden)
+def _expected(logits: npt.NDArray[np.float32], chosen: npt.NDArray[np.int64]) -> Forecast:
     likely = np.exp(logits - logits.max(axis=1, keepdims=True))
     likely *= chosen.shape[1] / likely.sum(axis=1, keepdims=True)
     np.minimum(likely, 1.0, out=likely)
@@ -150,11 +153,8 @@ def _expected(router: nn.Module, hidden: torch.Tensor) -> Forecast:
     return expected
 
 
-def _ask(router: nn.Module, hidden: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Logits [tokens, experts] and choice [tokens, top_k] of a router for the hidden states that it is shown."""
-    # `forward`, not `__call__`: hooks on routers record router logits for the user and must not see guesses.
-    answer = router.forward(hidden)
-    return answer[0].float().cpu().numpy(), answer[2].cpu().numpy()
+def _by_turns(answers: Sequence[npt.NDArray[Any]]) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    return zip(answers[::2], answers[1::2], strict=True)
 
 
 def lookahead_router(router: nn.Module, norm: nn.Module | None, hidden_size: int) -> LookaheadRouter | str:
