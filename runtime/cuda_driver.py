@@ -18,16 +18,15 @@ class CudaDriver:
         self._download.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
         self._synchronize = library.cuStreamSynchronize
         self._synchronize.argtypes = (ctypes.c_void_p,)
-        self._handle, self._current = -1, torch.cuda.default_stream(device)
+        self._stream, self._handle = torch.cuda.default_stream(device), -1
         self._is_only = torch.cuda.device_count() == 1
 
     @property
     def stream(self) -> torch.cuda.Stream:
         """The calling thread's current one. Asking torch for its handle is many times faster than for the stream."""
-        handle = torch._C._cuda_getCurrentRawStream(self._device.index)
-        if handle != self._handle:
-            self._current, self._handle = torch.cuda.current_stream(self._device), handle
-        return self._current
+        if (handle := self._current_handle()) != self._handle:
+            self._stream, self._handle = torch.cuda.current_stream(self._device), handle
+        return self._stream
 
     def upload(self, target: int, source: int, num_bytes: int, stream: int) -> None:
         """Copy from pinned host memory to the device, in turn with what is enqueued on the stream of that handle."""
@@ -37,16 +36,19 @@ class CudaDriver:
     def download(self, target: int, source: int, num_bytes: int) -> None:
         """Copy from the device to pinned host memory, in turn with what is enqueued on the current stream."""
         with self._context():
-            _check(self._download(target, source, num_bytes, self.stream.cuda_stream), num_bytes)
+            _check(self._download(target, source, num_bytes, self._current_handle()), num_bytes)
 
     def wait(self) -> None:
         """Block until everything that is enqueued on the current stream has ended."""
         with self._context():
-            _check(self._synchronize(self.stream.cuda_stream))
+            _check(self._synchronize(self._current_handle()))
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
         """Page-locked host memory, uint8 [num_bytes]."""
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def _current_handle(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self._device.index)
 
     def _context(self) -> contextlib.AbstractContextManager[object]:
         """The driver takes the thread's current device; with one GPU it can be no other."""

@@ -103,11 +103,12 @@ class Coordinator:
     def _land(self, experts: Sequence[int]) -> None:
         """Take note of the prefetches among `experts` that have arrived or failed since anyone looked; those that
         failed will be loaded on demand."""
-        loading = [expert for expert in experts if self.residency.is_loading(expert)]
-        self.residency.complete([expert for expert in loading if self.transfer.is_ready(expert)])
-        for expert in loading:
-            if self.transfer.has_failed(expert):
-                self._drop(expert)
+        for expert in experts:
+            if self.residency.is_loading(expert):
+                if self.transfer.is_ready(expert):
+                    self.residency.complete([expert])
+                elif self.transfer.has_failed(expert):
+                    self._drop(expert)
 
     def _note_used_prefetches(self, demand: Sequence[int]) -> None:
         if self.needed_loads is not None:

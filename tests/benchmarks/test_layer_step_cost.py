@@ -38,7 +38,7 @@ Choice = Callable[[int, int], list[int]]
 class FreeStreams:
     """See `runtime.transfer.cuda.Streams`. What was recorded is done two layer steps later."""
 
-    num_bytes = 1 << 20
+    num_bytes = 12 << 20  # in pieces, as prefetches go
 
     def __init__(self) -> None:
         self.step = 0
