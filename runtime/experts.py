@@ -443,11 +443,12 @@ _FEW = 32  # routes that are counted faster without numpy
 
 def _distinct(choice: npt.NDArray[np.int64], num_experts: int) -> tuple[list[int], list[int]]:
     """Experts chosen, ascending, and how many tokens chose each; indices past the last expert mean "none"."""
-    if choice.size <= _FEW and choice.min(initial=0) >= 0:
+    if choice.size <= _FEW:
         few: dict[int, int] = {}
         for expert in sorted(choice.reshape(-1).tolist()):
             if expert < num_experts:
                 few[expert] = few.get(expert, 0) + 1
+        assert min(few, default=0) >= 0, f"there is no expert {min(few)}"
         return list(few), list(few.values())
     counts = np.bincount(choice.reshape(-1), minlength=num_experts)[:num_experts]
     experts = np.flatnonzero(counts)
