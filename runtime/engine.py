@@ -26,7 +26,7 @@ from runtime.pool import Pool
 from runtime.predictors.artifact import Artifact, check_target, write_artifact
 from runtime.pressure import PressureWatch
 from runtime.profile import MatchResult, Profile
-from runtime.readback import Reader
+from runtime.readback import Reader, as_array
 from runtime.slot_budget import SlotBudget
 from runtime.telemetry import EngineStats, SlotStats, engine_stats
 from runtime.trace import RoutingTrace, TraceRecorder
@@ -416,8 +416,8 @@ def _record(
     weights: torch.Tensor,
 ) -> None:
     asked = None if ranked is None else ranked.ask(layer)
-    shares, *answers = (tensor.numpy() for tensor in read([weights.detach().float(), *(asked or ())]))
+    shares, *answers = map(as_array, read([weights.detach().float(), *(asked or ())]))
     predicted = None
     if ranked is not None and asked is not None:
-        predicted = ranked.ranked(answers, len(choice), choice.shape[1] + LOOKAHEAD_MARGIN)
+        predicted = ranked.ranked(layer, answers, len(choice), choice.shape[1] + LOOKAHEAD_MARGIN)
     recorder.record(layer, choice, shares, predicted)

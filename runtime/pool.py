@@ -12,6 +12,7 @@ import torch
 
 from runtime.experts import Arrival, Weights
 from runtime.predictors.base import Observation
+from runtime.readback import as_array
 from runtime.vocabulary import Load, LoadReason, Pass
 
 if TYPE_CHECKING:
@@ -186,4 +187,4 @@ class OffloadedSource:
 
 
 def _arrays(tensors: Sequence[torch.Tensor]) -> list[npt.NDArray[Any]]:
-    return [tensor.numpy() for tensor in tensors]
+    return [as_array(tensor) for tensor in tensors]

@@ -106,6 +106,12 @@ def reader_for(device: torch.device) -> Reader:
     return CudaReader(CudaDriver(device)) if device.type == "cuda" else HostReader()
 
 
+def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """A tensor on the host, no copy; bfloat16, which numpy lacks, as float32."""
+    found: npt.NDArray[Any] = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return found
+
+
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """`array` on the device; the host does not wait for the copy."""
     there = torch.from_numpy(array)

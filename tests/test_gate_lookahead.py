@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from runtime.predictors.base import Observation
-from runtime.predictors.gate_lookahead import GateLookahead, LookaheadRouter, RouterInput, lookahead_router
+from runtime.predictors.gate_lookahead import GateLookahead, LookaheadRouter, RouterInput, lookahead_router, plain_top_k
 from runtime.vocabulary import Pass, Phase
 
 EXPERTS, HIDDEN, TOP_K = 6, 4, 2
@@ -117,3 +118,51 @@ def test_asking_leaves_hooks_on_routers_alone() -> None:
     predictor = GateLookahead([LookaheadRouter(router, None) for router in routers], EXPERTS, depth=1)
     _observe(predictor, torch.ones(1, HIDDEN))
     assert not seen
+
+
+class Biased(Router):
+    """Chooses by more than the logits, as DeepSeek's routers do."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = hidden_states.reshape(-1, HIDDEN) @ self.weight.T
+        scores, chosen = (logits.sigmoid() + torch.linspace(0, 1, EXPERTS)).topk(TOP_K)
+        return logits, scores, chosen
+
+
+class Scaled(Router):
+    """Whose logits are not the product alone."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return super().forward(2 * hidden_states)
+
+
+class Linear(Router):
+    """With a bias in the product, as those of gpt-oss."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(weight)
+        self.bias = nn.Parameter(torch.linspace(0, 2, EXPERTS))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = nn.functional.linear(hidden_states.reshape(-1, HIDDEN), self.weight, self.bias)
+        scores, chosen = logits.topk(TOP_K)
+        return logits, scores, chosen
+
+
+@pytest.mark.parametrize(("kind", "top_k"), [(Router, TOP_K), (Linear, TOP_K), (Biased, None), (Scaled, None)])
+def test_a_router_that_just_takes_the_highest_logits_is_known(kind: type[Router], top_k: int | None) -> None:
+    assert plain_top_k(kind(_routers(1)[0].weight.data)) == top_k
+
+
+@pytest.mark.parametrize("kind", [Router, Linear])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_its_choice_is_told_from_the_logits(kind: type[Router], tokens: int) -> None:
+    routers = [kind(router.weight.data) for router in _routers(4)]
+    hidden = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(2))
+    found = []
+    for top_k in (None, TOP_K):
+        predictor = GateLookahead([LookaheadRouter(router, None, top_k) for router in routers], EXPERTS, depth=3)
+        assert len(predictor.ask(0, hidden)) == (6 if top_k is None else 3)
+        _observe(predictor, hidden)
+        found.append(predictor.forecast(0))
+    np.testing.assert_allclose(found[1][1:], found[0][1:], rtol=1e-6)

@@ -6,6 +6,7 @@ import ctypes
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from late_streams import LateStreams
-from tiny import LAYERS, save_tiny
+from tiny import LAYERS, TOP_K, save_tiny
 
 import runtime
 from harness.measure.runner import Decoder
 from runtime import build, passes
 from runtime.errors import UsageError
+from runtime.predictors import gate_lookahead
+from runtime.predictors.gate_lookahead import plain_top_k
 from runtime.readback import CudaReader, HostReader
 from runtime.vocabulary import Pass
 
@@ -161,6 +164,26 @@ def test_what_is_read_with_the_choice_changes_no_decision(
         monkeypatch.setattr(build, "reader_for", read)
         with runtime.load(checkpoint, overrides=SETTINGS[name]) as engine:
             found.append((_logits(engine).tolist(), engine.stats().cache))
+    assert found[0] == found[1]
+
+
+def test_routers_asked_for_their_logits_alone_forecast_the_same(
+    checkpoint: Path, readers: list[CudaReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where each call that is left out counts."""
+    found = []
+
+    def lookahead_router(router: Any, norm: Any, hidden_size: int) -> Any:
+        top_k = plain_top_k(router)
+        assert top_k == TOP_K
+        return replace(gate_lookahead.lookahead_router(router, norm, hidden_size), top_k=top_k)
+
+    for changed in (False, True):
+        if changed:
+            monkeypatch.setattr(build, "lookahead_router", lookahead_router)
+        with runtime.load(checkpoint, overrides=SETTINGS["depth 2"]) as engine:
+            engine.start_trace(lookahead=2)
+            found.append((_logits(engine).tolist(), engine.stats().cache, engine.trace().predicted.tolist()))
     assert found[0] == found[1]
 
 

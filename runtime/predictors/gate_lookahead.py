@@ -25,10 +25,30 @@ from runtime.trace import NO_PREDICTION
 @dataclass(frozen=True)
 class LookaheadRouter:
     """A router that can be asked about a hidden state: its module, and the gain [hidden] of the norm before it, if
-    known."""
+    known.
+
+    `top_k`: where given, it just chooses so many experts of the highest logits, and is asked for these alone: each call
+    takes the host of a GPU longer than the device.
+    """
 
     module: nn.Module
     gain: torch.Tensor | None
+    top_k: int | None = None
+
+    def ask(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits [tokens, experts], and its choice [tokens, top_k] unless that is told from them."""
+        if self.top_k is not None:
+            return (_logits(self.module, hidden),)
+        # `forward`, not `__call__`: hooks on routers record router logits for the user and must not see guesses.
+        answer = self.module.forward(hidden)
+        return answer[0].float(), answer[2]
+
+    def read(self, answers: Iterator[npt.NDArray[Any]]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Logits and choice of the next answers, which are those to `ask`."""
+        logits = next(answers)
+        if self.top_k is None:
+            return logits, next(answers)
+        return logits, np.argpartition(-logits, self.top_k - 1, axis=1)[:, : self.top_k]
 
 
 class RouterInput:
@@ -65,15 +85,22 @@ class _LaterRouters:
 
     @torch.inference_mode()
     def ask(self, layer: int, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """Logits, float32 [tokens, experts], and choice, int64 [tokens, top_k], by turns, of each later layer's router
-        for `hidden`, the input of the router of `layer`."""
-        found = []
-        for later in range(layer + 1, min(layer + self._depth, len(self._routers) - 1) + 1):
+        """What each later layer's router answers to `hidden`, the input of the router of `layer`."""
+        found = list[torch.Tensor]()
+        for later in self._later(layer):
             factor = self._factor(layer, later)
-            # `forward`, not `__call__`: hooks on routers record router logits for the user and must not see guesses.
-            answer = self._routers[later].module.forward(hidden if factor is None else hidden * factor)
-            found += [answer[0].float(), answer[2]]
+            found += self._routers[later].ask(hidden if factor is None else hidden * factor)
         return found
+
+    def read(
+        self, layer: int, answers: Sequence[npt.NDArray[Any]]
+    ) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
+        """Of each later layer the logits [tokens, experts] and the choice [tokens, top_k]; nothing without answers."""
+        turn = iter(answers)
+        return ((later, *self._routers[later].read(turn)) for later in self._later(layer) if answers)
+
+    def _later(self, layer: int) -> range:
+        return range(layer + 1, min(layer + self._depth, len(self._routers) - 1) + 1)
 
     def _factor(self, layer: int, later: int) -> torch.Tensor | None:
         if (layer, later) not in self._factors:
@@ -91,13 +118,13 @@ class GateLookahead(Predictor):
         self._forecast: Forecast = np.zeros((len(routers), num_experts), np.float32)
 
     def ask(self, layer: int, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """Logits [tokens, experts] and choice [tokens, top_k] of the routers of the next `depth` layers."""
+        """The routers of the next `depth` layers."""
         return self._later.ask(layer, hidden)
 
     def observe(self, layer: int, observation: Observation) -> None:
         """Forecast the next `depth` layers from what their routers answered."""
-        for ahead, (logits, chosen) in enumerate(_by_turns(observation.answers()), start=1):
-            self._forecast[layer + ahead] = _expected(logits, chosen)
+        for later, logits, chosen in self._later.read(layer, observation.answers()):
+            self._forecast[later] = _expected(logits, chosen)
 
     def forecast(self, layer: int) -> Forecast | None:
         """Expected tokens per expert: mean of "is chosen" and min(1, k * router probability), summed over tokens."""
@@ -121,13 +148,15 @@ class RankedLookahead:
         hidden = self._inputs[layer]()
         return None if hidden is None else self._later.ask(layer, hidden)
 
-    def ranked(self, answers: Sequence[npt.NDArray[Any]], num_tokens: int, k: int) -> npt.NDArray[np.uint16]:
+    def ranked(
+        self, layer: int, answers: Sequence[npt.NDArray[Any]], num_tokens: int, k: int
+    ) -> npt.NDArray[np.uint16]:
         """The likeliest `k` experts for each of the next layers, uint16 [tokens, depth, k], best first;
         `NO_PREDICTION` for layers beyond the last."""
         found = np.full((num_tokens, self._depth, k), NO_PREDICTION, np.uint16)
-        for ahead, (logits, chosen) in enumerate(_by_turns(answers)):
+        for later, logits, chosen in self._later.read(layer, answers):
             best = ranked(logits, chosen, k)
-            found[:, ahead, : best.shape[1]] = best
+            found[:, later - layer - 1, : best.shape[1]] = best
         return found
 
     def close(self) -> None:
@@ -153,10 +182,6 @@ def _expected(logits: npt.NDArray[np.float32], chosen: npt.NDArray[np.int64]) ->
     return expected
 
 
-def _by_turns(answers: Sequence[npt.NDArray[Any]]) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    return zip(answers[::2], answers[1::2], strict=True)
-
-
 def lookahead_router(router: nn.Module, norm: nn.Module | None, hidden_size: int) -> LookaheadRouter | str:
     """The router ready to be asked, or the reason why it cannot be: it needs more than the hidden state."""
     # An argument with a default counts too: routers that take a bias have None there and fail on it.
@@ -167,13 +192,44 @@ def lookahead_router(router: nn.Module, norm: nn.Module | None, hidden_size: int
         return f"router {type(router).__name__} needs {', '.join(names)}, of which only the hidden state is at hand"
     if not _answers(router):
         return f"router {type(router).__name__} does not answer (logits, weights, indices)"
-    return LookaheadRouter(router, None if norm is None else _gain(norm, hidden_size))
+    # On a CPU the router's own forward costs little more than its product.
+    top_k = plain_top_k(router) if next(router.parameters()).device.type != "cpu" else None
+    return LookaheadRouter(router, None if norm is None else _gain(norm, hidden_size), top_k)
+
+
+_NUM_PROBES = 64  # hidden states that a router is asked about
+_TOLERANCE = 0.02  # of the largest logit, in bfloat16
+
+
+@torch.inference_mode()
+def plain_top_k(router: nn.Module) -> int | None:
+    """How many experts a router chooses, if they are those of the highest logits and these its weight's product with
+    the hidden state; told from its answers to random ones. None: it does something else."""
+    weight = _weight(router)
+    random = torch.randn(_NUM_PROBES, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    answered, _, chosen = router.forward(random)[:3]
+    own = _logits(router, random).float()
+    is_product = bool((own - answered.float()).abs().max() <= _TOLERANCE * own.abs().max())
+    top_k = int(chosen.shape[1])
+    best = answered.topk(top_k, dim=1).values.sort(dim=1).values
+    is_best = torch.equal(answered.gather(1, chosen).sort(dim=1).values, best)
+    return top_k if is_product and is_best else None
+
+
+def _logits(router: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    weight = _weight(router)
+    return nn.functional.linear(hidden.to(weight.dtype), weight, getattr(router, "bias", None))
+
+
+def _weight(router: nn.Module) -> nn.Parameter:
+    """[experts, hidden]."""
+    return next(p for p in router.parameters(recurse=False) if p.ndim == 2)
 
 
 @torch.inference_mode()
 def _answers(router: nn.Module) -> bool:
     """Whether the router gives logits [tokens, experts], weights and expert indices [tokens, k] for hidden states."""
-    weight = next(p for p in router.parameters(recurse=False) if p.ndim == 2)
+    weight = _weight(router)
     answer = router.forward(torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device))
     return (
         isinstance(answer, tuple)
