@@ -39,6 +39,7 @@ from runtime.predictors.gate_lookahead import (
 from runtime.predictors.make import PredictorSpec, make_predictor
 from runtime.predictors.params import LEARNING
 from runtime.profile import LOSSY, Profile
+from runtime.readback import Reader, reader_for
 from runtime.substitute import PHASES, Substitution, substitution_of
 from runtime.transfer.base import Transfer
 from runtime.transfer.cuda import CudaTransfer
@@ -94,13 +95,14 @@ def load(
     if place.type == "cuda":
         passes.listeners.append(in_turn(place))
     needed: list[Load] | None = [] if record_loads else None
-    pools, sources, pool_notes = _build_pools(loaded, profile, facts, passes, needed, place)
-    runners, kernels = _install(loaded, sources, profile, passes)
+    read = reader_for(place)
+    pools, sources, pool_notes = _build_pools(loaded, profile, facts, passes, needed, place, asks_ahead=read.waits)
+    runners, kernels = _install(loaded, sources, profile, passes, read)
     for runner, served_from in zip(runners, sources, strict=True):
-        runner.reroute, runner.host = served_from.substitution, served_from.host
+        runner.substitution, runner.host = served_from.substitution, served_from.host
     notes = [*chosen.notes, *changed, *clamped, *pool_notes, *_inexact_notes(profile)]
     engine = Engine(
-        loaded.model, profile, checkpoint, runners, kernels, passes, pools, notes, needed, **_for_traces(loaded)
+        loaded.model, profile, checkpoint, runners, kernels, passes, pools, notes, needed, **_for_traces(loaded, read)
     )
     engine.match = chosen.match
     return engine
@@ -128,8 +130,9 @@ def load_reference(
         ResidentSource(module, [parameter.name for parameter in layer.parameters])
         for module, layer in zip(loaded.modules, loaded.layers, strict=True)
     ]
-    runners, kernels = _install(loaded, sources, profile, passes)
-    return Engine(loaded.model, profile, checkpoint, runners, kernels, passes, **_for_traces(loaded))
+    read = reader_for(place)
+    runners, kernels = _install(loaded, sources, profile, passes, read)
+    return Engine(loaded.model, profile, checkpoint, runners, kernels, passes, **_for_traces(loaded, read))
 
 
 def build_routes(engine: Engine) -> RoutePredictor | None:
@@ -168,14 +171,14 @@ _GPU_DECODE = "eager"
 
 
 def _install(
-    loaded: LoadedModel, sources: Sequence[ExpertSource], profile: Profile, passes: PassTracker
+    loaded: LoadedModel, sources: Sequence[ExpertSource], profile: Profile, passes: PassTracker, read: Reader
 ) -> tuple[list[LayerRunner], dict[Phase, type[Kernel]]]:
     """Give every experts module its runner and switch the model to our implementation."""
     kernels = {Phase.PREFILL: KERNELS[profile.compute.prefill], Phase.DECODE: KERNELS[profile.compute.decode]}
     register()
     runners = []
     for module, source in zip(loaded.modules, sources, strict=True):
-        module._expertflow = LayerRunner(module, source, lambda: kernels[passes.current.phase])
+        module._expertflow = LayerRunner(module, source, lambda: kernels[passes.current.phase], read)
         runners.append(module._expertflow)
     loaded.model.set_experts_implementation(IMPLEMENTATION)
     if (generation := getattr(loaded.model, "generation_config", None)) is not None:  # token classifiers have none
@@ -191,6 +194,8 @@ def _build_pools(
     passes: PassTracker,
     needed: list[Load] | None,
     device: torch.device,
+    *,
+    asks_ahead: bool,
 ) -> tuple[list[Pool], list[OffloadedSource], list[str]]:
     """One pool per expert shape, its slots in proportion to its experts; the source of every layer; notes."""
     pools: list[Pool] = []
@@ -211,7 +216,9 @@ def _build_pools(
         passes.listeners.append(pool.coordinator.begin)
         substitutions = _substitutions(loaded, layers, pool, profile, passes)
         for turn, (index, router_input, substitution) in enumerate(zip(layers, inputs, substitutions, strict=True)):
-            sources[index] = OffloadedSource(pool, turn, lambda: passes.current, router_input, substitution)
+            sources[index] = OffloadedSource(
+                pool, turn, lambda: passes.current, router_input, substitution, asks_ahead=asks_ahead
+            )
             sources[index].host = hosts[turn]
         pools.append(pool)
         notes.extend(note)
@@ -387,9 +394,10 @@ def _ranked_lookahead(loaded: LoadedModel, depth: int) -> RankedLookahead | str:
     return routers if isinstance(routers, str) else RankedLookahead(routers, depth)
 
 
-def _for_traces(loaded: LoadedModel) -> dict[str, Any]:
+def _for_traces(loaded: LoadedModel, read: Reader) -> dict[str, Any]:
     """What an engine needs beside itself to record a trace."""
     return {
         "expert_bytes": max(layer.expert_bytes for layer in loaded.layers),
         "ranked_lookahead": partial(_ranked_lookahead, loaded),
+        "read": read,
     }

@@ -27,6 +27,7 @@ from runtime.pool import Pool
 from runtime.predictors.artifact import Artifact, check_target, write_artifact
 from runtime.pressure import PressureWatch
 from runtime.profile import MatchResult, Profile
+from runtime.readback import Reader, as_array
 from runtime.slot_budget import SlotBudget
 from runtime.telemetry import EngineStats, SlotStats, engine_stats
 from runtime.trace import RoutingTrace, TraceRecorder
@@ -77,11 +78,12 @@ class Engine:
         *,
         expert_bytes: int,
         ranked_lookahead: Callable[[int], RankedLookahead | str],
+        read: Reader,
     ) -> None:
         self.model, self.profile, self.source, self.kernels = model, profile, source, kernels
         self._notes, self.needed_loads = tuple(notes), needed_loads
         self._runners, self._pools, self.passes = tuple(runners), tuple(pools), passes
-        self._expert_bytes, self._ranked_lookahead = expert_bytes, ranked_lookahead
+        self._expert_bytes, self._ranked_lookahead, self._read = expert_bytes, ranked_lookahead, read
         self._recorder: TraceRecorder | None = None
         self._stop_trace: Callable[[], None] = lambda: None
         self._num_passes = self._num_tokens = 0
@@ -276,7 +278,7 @@ class Engine:
         recorder = TraceRecorder(*self.routing_shape, {**facts, **(meta or {})})
         with self.passes.lock:
             self.on_pass(recorder.begin)
-            stop_observing = self.observe_routing(partial(_record, recorder, ranked))
+            stop_observing = self.observe_routing(partial(_record, recorder, ranked, self._read))
 
         def stop() -> None:
             with self.passes.lock:
@@ -410,9 +412,14 @@ def _no_expert(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor)
 def _record(
     recorder: TraceRecorder,
     ranked: RankedLookahead | None,
+    read: Reader,
     layer: int,
     choice: npt.NDArray[np.int64],
     weights: torch.Tensor,
 ) -> None:
-    predicted = None if ranked is None else ranked(layer, choice.shape[1] + LOOKAHEAD_MARGIN)
-    recorder.record(layer, choice, weights.detach().float().cpu().numpy(), predicted)
+    asked = None if ranked is None else ranked.ask(layer)
+    shares, *answers = map(as_array, read([weights.detach().float(), *(asked or ())]))
+    predicted = None
+    if ranked is not None and asked is not None:
+        predicted = ranked.ranked(layer, answers, len(choice), choice.shape[1] + LOOKAHEAD_MARGIN)
+    recorder.record(layer, choice, shares, predicted)

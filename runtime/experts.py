@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -28,6 +29,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, _grouped_mm
 
 from runtime.gemv import Rows, gemv
+from runtime.readback import HostReader, Reader
 
 if TYPE_CHECKING:
     from runtime.host_experts import HostExperts, HostLayer
@@ -70,13 +72,21 @@ class HostRows(NamedTuple):
 class ExpertSource(Protocol):
     """Where a layer's experts come from."""
 
+    def ask(self) -> Sequence[torch.Tensor]:
+        """Tensors that `serve` wants to see on the host, beside the router's choice; they need not be computed yet."""
+        ...
+
     def serve(
-        self, experts: Sequence[int], tokens: Sequence[int], choice: npt.NDArray[np.int64]
+        self,
+        experts: Sequence[int],
+        tokens: Sequence[int],
+        choice: npt.NDArray[np.int64],
+        answers: Sequence[torch.Tensor],
     ) -> Generator[Sequence[Arrival], None, None]:
         """Yield the distinct `experts` in groups as they are ready, in any order.
 
-        `tokens[i]` tokens chose `experts[i]`; `choice` is the router's [T, K]. No group mixes the two kinds of arrival.
-        Weights may be used until the next group is asked for.
+        `tokens[i]` tokens chose `experts[i]`; `choice` is the router's [T, K]; `answers` are what `ask` named. No group
+        mixes the two kinds of arrival. Weights may be used until the next group is asked for.
         """
         ...
 
@@ -540,35 +550,66 @@ Reroute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tenso
 """Another choice [T, K] and weights [T, K] for what a router gave: (hidden [T, H], index [T, K], weights [T, K])."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Routed:
+    """What a layer's tokens chose: index and weights [T, K], and `choice`, the index on the host."""
+
+    index: torch.Tensor
+    weights: torch.Tensor
+    choice: npt.NDArray[np.int64]
+
+
+class Substitution(Protocol):
+    """Sends tokens whose experts are absent elsewhere; see `runtime.substitute`."""
+
+    def ask(self) -> Sequence[torch.Tensor]:
+        """Tensors that it wants to see on the host."""
+        ...
+
+    def __call__(self, routed: Routed, answers: Sequence[torch.Tensor]) -> Routed:
+        """What the tokens get for what they chose; `answers` are what `ask` named."""
+        ...
+
+
 class LayerRunner:
     """One experts module served from a source. `kernel` says which kernel the running pass uses.
 
+    Whatever the host wants to know of the layer is read at once: a GPU is waited for once per layer.
+
     `observers` are told each router's choice [T, K] and weights [T, K]. `reroute`, where there is one, replaces both
-    before anything else. `host`, where there is one, computes experts that the source leaves on the host.
+    before anything else, and `substitution` what then names absent experts. `host`, where there is one, computes
+    experts that the source leaves on the host.
     """
 
-    def __init__(self, module: Any, source: ExpertSource, kernel: Callable[[], type[Kernel]]) -> None:
-        self.module, self.source, self.kernel = module, source, kernel
+    def __init__(
+        self, module: Any, source: ExpertSource, kernel: Callable[[], type[Kernel]], read: Reader | None = None
+    ) -> None:
+        self.module, self.source, self.kernel, self._read = module, source, kernel, read or HostReader()
         self.observers: list[Callable[[npt.NDArray[np.int64], torch.Tensor], None]] = []
         self.reroute: Reroute | None = None
+        self.substitution: Substitution | None = None
         self.host: HostLayer | None = None
 
     def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.reroute is not None:
             index, weights = self.reroute(hidden, index, weights)
-        # Enqueued before the choice is asked for: there once that is.
-        host_hidden = None if self.host is None else self.host.fetch(hidden, index.numel())
-        choice = index.cpu().numpy()
+        logits = () if self.substitution is None else self.substitution.ask()
+        rows = [hidden.detach()] if self.host is not None and self.host.may_compute(index.numel()) else []
+        read, *answers = self._read([index, *rows, *logits, *self.source.ask()])
+        choice, host_hidden, answers = read.numpy(), answers[: len(rows)], answers[len(rows) :]
+        if self.substitution is not None:
+            routed = self.substitution(Routed(index, weights, choice), answers[: len(logits)])
+            index, weights, choice = routed.index, routed.weights, routed.choice
         for observer in self.observers:
             observer(choice, weights)
         experts, tokens = _distinct(choice, self.module.num_experts)
         kernel = self.kernel()(self.module, hidden, index, weights, experts, choice)
         kernel.host = self.host
-        if host_hidden is not None:
-            kernel.host_hidden = host_hidden
+        if host_hidden:
+            (kernel.host_hidden,) = host_hidden
         if experts:
             # Closed at once when computing fails: whoever keeps the error would keep the leases with it.
-            with closing(self.source.serve(experts, tokens, choice)) as groups:
+            with closing(self.source.serve(experts, tokens, choice, answers[len(logits) :])) as groups:
                 for group in groups:
                     if on_host := [one for one in group if isinstance(one, HostArrival)]:
                         kernel.add_from_host(on_host)
@@ -577,8 +618,18 @@ class LayerRunner:
         return kernel.result()
 
 
+_FEW = 32  # routes that are counted faster without numpy
+
+
 def _distinct(choice: npt.NDArray[np.int64], num_experts: int) -> tuple[list[int], list[int]]:
     """Experts chosen, ascending, and how many tokens chose each; indices past the last expert mean "none"."""
+    if choice.size <= _FEW:
+        few: dict[int, int] = {}
+        for expert in sorted(choice.reshape(-1).tolist()):
+            if expert < num_experts:
+                few[expert] = few.get(expert, 0) + 1
+        assert min(few, default=0) >= 0, f"there is no expert {min(few)}"
+        return list(few), list(few.values())
     experts, counts = _count(choice.reshape(-1))
     num_chosen = bisect_left(experts, num_experts)
     return experts[:num_chosen], counts[:num_chosen]
@@ -590,8 +641,16 @@ class ResidentSource:
     def __init__(self, module: Any, parameters: Sequence[str]) -> None:
         self._module, self._parameters = module, parameters
 
+    def ask(self) -> Sequence[torch.Tensor]:
+        """Nothing."""
+        return ()
+
     def serve(
-        self, experts: Sequence[int], tokens: Sequence[int], choice: npt.NDArray[np.int64]
+        self,
+        experts: Sequence[int],
+        tokens: Sequence[int],
+        choice: npt.NDArray[np.int64],
+        answers: Sequence[torch.Tensor],
     ) -> Generator[Sequence[Arrival], None, None]:
         """All at once."""
         yield [

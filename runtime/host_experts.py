@@ -26,9 +26,9 @@ class HostLayer:
 
     Args:
         module: its experts are elsewhere; nothing that has to do with the engine is attached to it yet.
-        may_compute: whether any expert would be computed here of a layer step with so many (token, rank) pairs.
 
     Attributes:
+        may_compute: whether any expert would be computed here of a layer step with so many (token, rank) pairs.
         gemv_rows: up to so many rows of an expert go through `gemv`, more of them through torch.
 
     Raises:
@@ -36,7 +36,7 @@ class HostLayer:
     """
 
     def __init__(self, module: nn.Module, may_compute: Callable[[int], bool]) -> None:
-        self.module, self._may_compute = copy.deepcopy(module).cpu(), may_compute
+        self.module, self.may_compute = copy.deepcopy(module).cpu(), may_compute
         self.gemv_rows = FEW_ROWS
         for part in self.module.modules():
             for name, value in vars(part).items():
@@ -45,14 +45,6 @@ class HostLayer:
                         f"experts of {type(module).__name__} cannot be computed on the CPU: {name} of "
                         f"{type(part).__name__} is on {value.device} and no parameter; set miss: copy"
                     )
-
-    def fetch(self, hidden: torch.Tensor, num_routes: int) -> torch.Tensor | None:
-        """A copy of `hidden` in host memory, complete once whatever its stream was given later is; None where it is
-        there already, or not likely to be needed."""
-        if not hidden.is_cuda or not self._may_compute(num_routes):
-            return None
-        there = torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu", pin_memory=True)
-        return there.copy_(hidden.detach(), non_blocking=True)
 
     def experts(
         self, hidden: torch.Tensor, choice: npt.NDArray[np.int64], compute: torch.dtype | None = None

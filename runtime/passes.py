@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,48 @@ class Composition(NamedTuple):
     phase: Phase
     requests: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()
+
+
+class DeviceIds(Sequence[int]):
+    """Token ids on a GPU: they come to the host, which waits for that, when one of them is first looked at.
+
+    That is while their pass runs: afterwards the tensor may be written again.
+    """
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self._tensor: torch.Tensor | None = ids
+        self._size, self._ids = ids.numel(), tuple[int, ...]()
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[int]: ...
+    def __getitem__(self, place: int | slice) -> int | Sequence[int]:
+        return self._read()[place]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._read())
+
+    def close(self) -> None:
+        """The pass has ended; what was looked at stays."""
+        self._tensor = None
+
+    def _read(self) -> tuple[int, ...]:
+        if self._tensor is not None and len(self._ids) < self._size:
+            self._ids = tuple(self._tensor.reshape(-1).tolist())
+        if len(self._ids) < self._size:
+            raise UsageError("the token ids of a pass on a GPU are there while it runs: look at them in a listener")
+        return self._ids
+
+
+def _token_ids(ids: Any) -> Sequence[int]:
+    """Of the flattened batch; none where the model was given embeddings."""
+    if not isinstance(ids, torch.Tensor):
+        return ()
+    return tuple(ids.reshape(-1).tolist()) if ids.device.type == "cpu" else DeviceIds(ids)
 
 
 class PassTracker:
@@ -130,10 +172,14 @@ class PassTracker:
         @wraps(forward)
         def told(*args: Any, **kwargs: Any) -> Any:
             with self.alone():
-                output = forward(*args, **kwargs)
-                for listener in self.end_listeners:
-                    listener(self.current)
-                return output
+                try:
+                    output = forward(*args, **kwargs)
+                    for listener in self.end_listeners:
+                        listener(self.current)
+                    return output
+                finally:
+                    if isinstance(self.current.token_ids, DeviceIds):
+                        self.current.token_ids.close()
 
         return told
 
@@ -150,7 +196,7 @@ class PassTracker:
             phase=phase,
             num_tokens=batch * length,
             step=self._step,
-            token_ids=tuple(ids.reshape(-1).tolist()) if isinstance(ids, torch.Tensor) else (),
+            token_ids=_token_ids(ids),
             requests=requests,
             tasks=tasks,
         )

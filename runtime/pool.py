@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import torch
 
 from runtime.experts import Arrival, HostArrival, Weights
 from runtime.predictors.base import Observation
+from runtime.readback import as_array
 from runtime.vocabulary import Load, LoadReason, Pass
 
 if TYPE_CHECKING:
@@ -159,6 +161,8 @@ class OffloadedSource:
         layer: the layer's index in the pool. current: the running pass.
         router_input: what the layer's router was last given, for predictors; it need not be what the experts are given.
         substitution: changed the router's choice before it came here; predictors go by what it was.
+        asks_ahead: what predictors want to know is read with the router's choice, as by a host that waits for each
+            read; else it is computed when loads are under way.
 
     Attributes:
         host: computes what the pool leaves on the host; None: it leaves nothing.
@@ -171,18 +175,41 @@ class OffloadedSource:
         current: Callable[[], Pass],
         router_input: Callable[[], torch.Tensor | None] = lambda: None,
         substitution: Substitution | None = None,
+        asks_ahead: bool = False,
     ) -> None:
         self._pool, self._layer, self._current, self._router_input = pool, layer, current, router_input
-        self.substitution = substitution
+        self.substitution, self._asks_ahead = substitution, asks_ahead
         self.host: HostLayer | None = None
         self._base = layer * pool.store.num_experts
+        self._hidden: torch.Tensor | None = None
+
+    def ask(self) -> Sequence[torch.Tensor]:
+        """What the predictor wants to know of the layer."""
+        hidden = self._router_input()
+        if self._asks_ahead:
+            return self._asked(hidden)
+        self._hidden = hidden
+        return ()
 
     def serve(
-        self, experts: Sequence[int], tokens: Sequence[int], choice: npt.NDArray[np.int64]
+        self,
+        experts: Sequence[int],
+        tokens: Sequence[int],
+        choice: npt.NDArray[np.int64],
+        answers: Sequence[torch.Tensor],
     ) -> Generator[Sequence[Arrival], None, None]:
         """The experts as they arrive; each is leased until the next group is asked for."""
         demand = [self._base + index for index in experts]
         routed = choice if self.substitution is None else self.substitution.routed
-        observation = Observation(self._current(), routed, self._router_input())
+        hidden, self._hidden = self._hidden, None  # no longer: those of a long prompt are more than many a slot
+        answered = partial(_arrays, answers) if self._asks_ahead else lambda: _arrays(self._asked(hidden))
+        observation = Observation(self._current(), routed, answered)
         for group in self._pool.coordinator.serve(self._layer, demand, tokens, observation):
             yield [self._pool.arrival(expert, expert - self._base) for expert in group]
+
+    def _asked(self, hidden: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        return () if hidden is None else self._pool.coordinator.ask(self._layer, self._current(), hidden)
+
+
+def _arrays(tensors: Sequence[torch.Tensor]) -> list[npt.NDArray[Any]]:
+    return [as_array(tensor) for tensor in tensors]

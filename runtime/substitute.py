@@ -8,7 +8,7 @@ Nothing is loaded for a miss: experts come by forecast, between passes (`Residen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from runtime.cache.residency import Residency
+from runtime.experts import Routed
+from runtime.readback import upload
 from runtime.vocabulary import Phase
 
 PHASES: dict[str, tuple[Phase, ...]] = {
@@ -117,7 +119,7 @@ def substituted(
 
 
 class Substitution:
-    """The `LayerRunner.reroute` of one layer.
+    """The `LayerRunner.substitution` of one layer.
 
     A layer in which fewer experts than a token needs are resident is left as it is, and so are as many absent experts,
     those of most tokens first, as there are free slots: these are loaded as usual. An expert on its way counts as
@@ -143,25 +145,33 @@ class Substitution:
         self._residency, self._layer, self._answer = residency, layer, answer
         self._weighing, self._applies = weighing, applies
         self.routed: npt.NDArray[np.int64] = np.zeros((0, 0), np.int64)
+        self._logits: torch.Tensor | None = None
 
-    def __call__(
-        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, self.routed = self._answer.take(), index.cpu().numpy()
+    def ask(self) -> Sequence[torch.Tensor]:
+        """The router's logits, in passes to be substituted in."""
+        self._logits = self._answer.take()
+        return [self._logits.float()] if self._applies() else ()
+
+    def __call__(self, routed: Routed, answers: Sequence[torch.Tensor]) -> Routed:
+        """See `runtime.experts.Substitution`."""
+        index, weights, self.routed = routed.index, routed.weights, routed.choice
+        logits, self._logits = self._logits, None
+        assert logits is not None, "called before it has asked"
         names_none = (self.routed >= self._residency.num_experts).any()  # past the last expert: none at all
-        if not self._applies() or names_none:
-            return index, weights
+        if not answers or names_none:
+            return routed
         present = self._present()
         is_absent = ~present[self.routed]
         if not is_absent.any() or present.sum() < index.shape[1]:
-            return index, weights
+            return routed
         self._residency.count_substituted(int(is_absent.sum()))
-        choice = substituted(self.routed, logits.float().cpu().numpy(), present)
-        other = torch.from_numpy(choice).to(index)
+        choice = substituted(self.routed, answers[0].numpy(), present)
+        other = upload(choice, index.device)
         if self._weighing is None:
-            return other, weights
-        is_changed = torch.from_numpy(is_absent.any(axis=1, keepdims=True)).to(index.device)
-        return other, torch.where(is_changed, self._weighing.reweigh(logits, weights, index, other), weights)
+            return Routed(other, weights, choice)
+        is_changed = upload(np.any(is_absent, axis=1, keepdims=True), index.device)
+        reweighed = self._weighing.reweigh(logits, weights, index, other)
+        return Routed(other, torch.where(is_changed, reweighed, weights), choice)
 
     def _present(self) -> npt.NDArray[np.bool_]:
         """The experts that hold a slot, and those that free slots are there for."""

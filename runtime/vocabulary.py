@@ -7,6 +7,7 @@ model's MoE layers from 0 in execution order. A *slot* is a place on the compute
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,13 +68,14 @@ class Pass:
     """One forward pass of the model, as predictors and traces see it.
 
     `step` counts the engine's passes from 0. `token_ids` are in the order of the flattened batch, empty when the
-    model was given embeddings; `requests` says which sequence each token belongs to: a number that no other sequence
+    model was given embeddings; those that lie on a GPU can be looked at while the pass runs, and cost nothing where
+    nobody does. `requests` says which sequence each token belongs to: a number that no other sequence
     of the run has. `tasks` names the task of each token's request, empty where none was given.
     """
 
     phase: Phase
     num_tokens: int
     step: int
-    token_ids: tuple[int, ...] = ()
+    token_ids: Sequence[int] = ()
     requests: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ from runtime.cache.governor import Governor
 from runtime.cache.residency import Count, Residency
 from runtime.engine import Engine
 from runtime.errors import UnsupportedModelError
+from runtime.experts import Routed
 from runtime.predictors.base import Forecast, NoPredictor, Observation, Predictor
 from runtime.profile import Evidence, Profile
 from runtime.substitute import RouterAnswer, Substitution, Weighing, substituted, weighing_of
@@ -132,9 +133,9 @@ def test_without_a_known_rule_the_weight_of_the_place_stays() -> None:
     residency = Residency(1, 4, 2, 2, "lru")
     _load(residency, 0, [1, 3])
     substitution, router = _substitution(residency, None)
-    logits, weights, index = router(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
-    other, same = substitution(logits, index, weights)
-    assert other.tolist() == [[3, 1]] and same is weights
+    _, weights, index = router(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    routed = substitution(Routed(index, weights, index.numpy()), substitution.ask())
+    assert routed.index.tolist() == routed.choice.tolist() == [[3, 1]] and routed.weights is weights
     assert substitution.routed.tolist() == [[0, 1]]
     assert residency.counts()[Count.SUBSTITUTED] == 1
 
@@ -145,8 +146,8 @@ def test_free_slots_are_filled_first_by_the_experts_of_most_tokens() -> None:
     substitution, router = _substitution(residency, None)
     logits = torch.tensor([[9.0, 8, 0, 0, 2, 1], [8, 0, 9, 0, 2, 1], [9.0, 0, 0, 8, 2, 1]])
     _, weights, index = router(logits)
-    other, _ = substitution(logits, index, weights)
-    assert other.tolist() == [[0, 4], [4, 0], [0, 4]], "expert 0, which three tokens chose, has the free slot"
+    routed = substitution(Routed(index, weights, index.numpy()), substitution.ask())
+    assert routed.index.tolist() == [[0, 4], [4, 0], [0, 4]], "expert 0, which three tokens chose, has the free slot"
     assert residency.counts()[Count.SUBSTITUTED] == 3
 
 
@@ -155,8 +156,9 @@ def test_a_layer_with_too_few_residents_loads_as_usual() -> None:
     _load(residency, 1, [0])
     _load(residency, 0, [3])
     substitution, router = _substitution(residency, None)
-    logits, weights, index = router(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
-    assert substitution(logits, index, weights) == (index, weights)
+    _, weights, index = router(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    routed = Routed(index, weights, index.numpy())
+    assert substitution(routed, substitution.ask()) is routed
     assert residency.counts()[Count.SUBSTITUTED] == 0
 
 

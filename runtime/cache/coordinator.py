@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,7 @@ class Coordinator:
         self._waiting: list[tuple[int, int]] = []  # experts to prefetch that have no slot, and layers until each
         self.refreshes = refreshes
         self._streaming = Streaming(residency.num_experts, residency.top_k) if streams and not refreshes else None
+        self._has_streamed = False  # in the running pass, so far
         self._stream: list[int] = []  # experts of the next layer that wait for a slot
         self._lacked: tuple[int, npt.NDArray[np.bool_]] | None = None  # that layer, and what it lacked: [experts]
         self.needed_loads = needed_loads
@@ -81,11 +83,16 @@ class Coordinator:
             self._refresh()
             return
         self._predict(BEFORE_FIRST_LAYER)
+        self._has_streamed = self._is_streaming
         if self._is_streaming:
             self.residency.keep_for_pass(BEFORE_FIRST_LAYER)
             self._begin_stream(BEFORE_FIRST_LAYER)
         else:
             self._prefetch(BEFORE_FIRST_LAYER, passing.num_tokens)
+
+    def ask(self, layer: int, passing: Pass, hidden: Any) -> Sequence[Any]:
+        """Tensors that the predictor wants to see of a layer's `hidden`, in the observation that `serve` is given."""
+        return self.predictor.ask(layer, hidden) if self._observes(passing) and not self._is_needless else ()
 
     def serve(
         self, layer: int, demand: Sequence[int], tokens: Sequence[int], observation: Observation
@@ -153,11 +160,12 @@ class Coordinator:
     def _land(self, experts: Sequence[int]) -> None:
         """Take note of the prefetches among `experts` that have arrived or failed since anyone looked; those that
         failed will be loaded on demand."""
-        loading = [expert for expert in experts if self.residency.is_loading(expert)]
-        self.residency.complete([expert for expert in loading if self.transfer.is_ready(expert)])
-        for expert in loading:
-            if self.transfer.has_failed(expert):
-                self._drop(expert)
+        for expert in experts:
+            if self.residency.is_loading(expert):
+                if self.transfer.is_ready(expert):
+                    self.residency.complete([expert])
+                elif self.transfer.has_failed(expert):
+                    self._drop(expert)
 
     def _note_used_prefetches(self, demand: Sequence[int]) -> None:
         if self.needed_loads is not None:
@@ -177,6 +185,10 @@ class Coordinator:
         """Somebody acts on a forecast: the prefetch or the policy."""
         return self._depth > 0 or self.residency.foresees or self.refreshes
 
+    def _observes(self, passing: Pass) -> bool:
+        """The predictor sees the layers of a pass."""
+        return self._is_asked and (passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0)
+
     def _reading(self) -> Reading:
         counts, moved = self.residency.counts(), self.transfer.stats()
         return Reading(
@@ -192,18 +204,19 @@ class Coordinator:
     def _predict(self, layer: int, observation: Observation | None = None) -> None:
         """Let the predictor see the layer, and the policy know what it forecasts."""
         self._forecast = None
-        if not self._is_asked:
+        if not self._is_asked or (self._is_needless and observation is not None):
             return
-        if observation is not None:
-            passing = observation.passing
-            if self._is_streaming and self.predictor.reads_hidden:
-                return  # its routers cost more than the stream leaves to be gained
-            if passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0:
-                self.predictor.observe(layer, observation)
+        if observation is not None and self._observes(observation.passing):
+            self.predictor.observe(layer, observation)
         self._forecast = self.predictor.forecast(layer)
         if self._forecast is not None and self.residency.foresees:
             first = 0 if self.predictor.sees_next_pass else layer + 1
             self.residency.foresee(self._forecast, first, self.predictor.waits())
+
+    @property
+    def _is_needless(self) -> bool:
+        """What the predictor sees of a layer costs more than a pass that streamed leaves to be gained."""
+        return self._has_streamed and self.predictor.reads_hidden
 
     @property
     def _is_streaming(self) -> bool:
@@ -225,6 +238,7 @@ class Coordinator:
         needed = lacked[np.array(demand) - layer * self.residency.num_experts]
         self._streaming.saw(int(lacked.sum()), int(needed.sum()))
         self._stream, self._lacked = [], None
+        self._has_streamed |= self._is_streaming
 
     def _begin_stream(self, layer: int, *, is_full: bool = False) -> None:
         """Load what the layer after `layer` lacks, ascending, as it will be computed. What finds no slot waits for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,13 +27,12 @@ class Observation:
         passing: the forward pass.
         experts: int64 [tokens, top_k], the router's choice (indices within the layer), as the router ordered them;
             indices past the last expert mean none.
-        hidden: the router's input [tokens, hidden], a tensor on the compute device; None where nobody asks for it,
-            as in a replay.
+        answers: gives what the predictor's `ask` named, on the host; nothing where there is no model, as in a replay.
     """
 
     passing: Pass
     experts: npt.NDArray[np.int64]
-    hidden: Any | None = None
+    answers: Callable[[], Sequence[npt.NDArray[Any]]] = tuple
 
 
 class Predictor(ABC):
@@ -42,7 +41,9 @@ class Predictor(ABC):
     The coordinator calls `begin` once per forward pass and `forecast(BEFORE_FIRST_LAYER)`, then `observe` and
     `forecast` for each MoE layer in execution order. A predictor owns its state and mutates nothing that it is given.
     `observe` may be skipped for passes (predictor frequency); `forecast` then answers from what is known. What
-    `forecast` returns belongs to the predictor and may change with its next call.
+    `forecast` returns belongs to the predictor and may change with its next call. `ask` comes before each `observe`,
+    which finds its answers in the observation: a device may need time for them, and brings them with what else the
+    host has to know of the layer.
 
     Attributes:
         by_likelihood: experts are to be prefetched in descending order of the forecast times the layer's proximity, 1
@@ -58,6 +59,14 @@ class Predictor(ABC):
 
     def begin(self, passing: Pass) -> None:  # noqa: B027 -- optional: most predictors only need `observe`
         """A forward pass starts; the one before it, if any, is complete."""
+
+    def ask(self, layer: int, hidden: Any) -> Sequence[Any]:
+        """Tensors on the compute device that `observe` wants to see on the host; they need not be computed yet.
+
+        Args:
+            hidden: the input of the router of `layer`, [tokens, hidden], a tensor on the compute device.
+        """
+        return ()
 
     @abstractmethod
     def observe(self, layer: int, observation: Observation) -> None:

@@ -9,8 +9,9 @@ one's.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +25,30 @@ from runtime.trace import NO_PREDICTION
 @dataclass(frozen=True)
 class LookaheadRouter:
     """A router that can be asked about a hidden state: its module, and the gain [hidden] of the norm before it, if
-    known."""
+    known.
+
+    `top_k`: where given, it just chooses so many experts of the highest logits, and is asked for these alone: each call
+    takes the host of a GPU longer than the device.
+    """
 
     module: nn.Module
     gain: torch.Tensor | None
+    top_k: int | None = None
+
+    def ask(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits [tokens, experts], and its choice [tokens, top_k] unless that is told from them."""
+        if self.top_k is not None:
+            return (_logits(self.module, hidden),)
+        # `forward`, not `__call__`: hooks on routers record router logits for the user and must not see guesses.
+        answer = self.module.forward(hidden)
+        return answer[0].float(), answer[2]
+
+    def read(self, answers: Iterator[npt.NDArray[Any]]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Logits and choice of the next answers, which are those to `ask`."""
+        logits = next(answers)
+        if self.top_k is None:
+            return logits, next(answers)
+        return logits, np.argpartition(-logits, self.top_k - 1, axis=1)[:, : self.top_k]
 
 
 class RouterInput:
@@ -55,17 +76,31 @@ class RouterInput:
             self._last = args[0].detach().reshape(-1, args[0].shape[-1])
 
 
-class _Corrected:
-    """Hidden states as the routers of later layers would see them, as far as the norms' gains differ."""
+class _LaterRouters:
+    """Asks the routers of the next `depth` layers about a hidden state, corrected as far as the norms' gains differ."""
 
-    def __init__(self, routers: Sequence[LookaheadRouter]) -> None:
-        self._routers = routers
+    def __init__(self, routers: Sequence[LookaheadRouter], depth: int) -> None:
+        self._routers, self._depth = routers, depth
         self._factors: dict[tuple[int, int], torch.Tensor | None] = {}
 
-    def __call__(self, hidden: torch.Tensor, layer: int, later: int) -> torch.Tensor:
-        """`hidden`, the input of the router of `layer`, for the router of `later`."""
-        factor = self._factor(layer, later)
-        return hidden if factor is None else hidden * factor
+    @torch.inference_mode()
+    def ask(self, layer: int, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """What each later layer's router answers to `hidden`, the input of the router of `layer`."""
+        found = list[torch.Tensor]()
+        for later in self._later(layer):
+            factor = self._factor(layer, later)
+            found += self._routers[later].ask(hidden if factor is None else hidden * factor)
+        return found
+
+    def read(
+        self, layer: int, answers: Sequence[npt.NDArray[Any]]
+    ) -> Iterator[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
+        """Of each later layer the logits [tokens, experts] and the choice [tokens, top_k]; nothing without answers."""
+        turn = iter(answers)
+        return ((later, *self._routers[later].read(turn)) for later in self._later(layer) if answers)
+
+    def _later(self, layer: int) -> range:
+        return range(layer + 1, min(layer + self._depth, len(self._routers) - 1) + 1)
 
     def _factor(self, layer: int, later: int) -> torch.Tensor | None:
         if (layer, later) not in self._factors:
@@ -81,17 +116,17 @@ class GateLookahead(Predictor):
     reads_hidden = True
 
     def __init__(self, routers: Sequence[LookaheadRouter], num_experts: int, depth: int) -> None:
-        self._routers, self._depth, self._corrected = routers, depth, _Corrected(routers)
+        self._later = _LaterRouters(routers, depth)
         self._forecast: Forecast = np.zeros((len(routers), num_experts), np.float32)
 
-    @torch.inference_mode()
+    def ask(self, layer: int, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """The routers of the next `depth` layers."""
+        return self._later.ask(layer, hidden)
+
     def observe(self, layer: int, observation: Observation) -> None:
-        """Forecast the next `depth` layers from `observation.hidden`."""
-        if observation.hidden is None:
-            return
-        for later in range(layer + 1, min(layer + self._depth, len(self._routers) - 1) + 1):
-            hidden = self._corrected(observation.hidden, layer, later)
-            self._forecast[later] = _expected(self._routers[later].module, hidden)
+        """Forecast the next `depth` layers from what their routers answered."""
+        for later, logits, chosen in self._later.read(layer, observation.answers()):
+            self._forecast[later] = _expected(logits, chosen)
 
     def forecast(self, layer: int) -> Forecast | None:
         """Expected tokens per expert: mean of "is chosen" and min(1, k * router probability), summed over tokens."""
@@ -106,25 +141,24 @@ class RankedLookahead:
     """
 
     def __init__(self, routers: Sequence[LookaheadRouter], depth: int) -> None:
-        self._routers, self._depth, self._corrected = routers, depth, _Corrected(routers)
+        self._later, self._depth = _LaterRouters(routers, depth), depth
         self._inputs = [RouterInput(router.module) for router in routers]
 
-    @torch.inference_mode()
-    def __call__(self, layer: int, k: int) -> npt.NDArray[np.uint16] | None:
-        """At `layer`, which has just been routed, the likeliest `k` experts for each of the next layers.
-
-        Returns:
-            uint16 [tokens, depth, k], best first, `NO_PREDICTION` for layers beyond the last. None: the router was not
-            called with a hidden state since it was asked about last.
-        """
+    def ask(self, layer: int) -> list[torch.Tensor] | None:
+        """What `ranked` needs on the host of `layer`, which has just been routed. None: its router was not called with
+        a hidden state since it was asked about last."""
         hidden = self._inputs[layer]()
-        if hidden is None:
-            return None
-        found = np.full((len(hidden), self._depth, k), NO_PREDICTION, np.uint16)
-        for ahead in range(1, min(self._depth, len(self._routers) - 1 - layer) + 1):
-            later = layer + ahead
-            chosen = ranked(self._routers[later].module, self._corrected(hidden, layer, later), k)
-            found[:, ahead - 1, : chosen.shape[1]] = chosen
+        return None if hidden is None else self._later.ask(layer, hidden)
+
+    def ranked(
+        self, layer: int, answers: Sequence[npt.NDArray[Any]], num_tokens: int, k: int
+    ) -> npt.NDArray[np.uint16]:
+        """The likeliest `k` experts for each of the next layers, uint16 [tokens, depth, k], best first;
+        `NO_PREDICTION` for layers beyond the last."""
+        found = np.full((num_tokens, self._depth, k), NO_PREDICTION, np.uint16)
+        for later, logits, chosen in self._later.read(layer, answers):
+            best = ranked(logits, chosen, k)
+            found[:, later - layer - 1, : best.shape[1]] = best
         return found
 
     def close(self) -> None:
@@ -133,30 +167,21 @@ class RankedLookahead:
             router_input.close()
 
 
-def ranked(router: nn.Module, hidden: torch.Tensor, k: int) -> npt.NDArray[np.int64]:
-    """The experts of each token, int64 [tokens, min(k, experts)]: those that the router chooses by descending logit,
+def ranked(logits: npt.NDArray[np.float32], chosen: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+    """The experts of each token, int64 [tokens, min(k, experts)]: those that its router chooses by descending logit,
     then the others likewise."""
-    logits, chosen = _ask(router, hidden)
     is_other = np.ones(logits.shape, np.bool_)
     np.put_along_axis(is_other, chosen, False, axis=1)
     return np.lexsort((-logits, is_other), axis=1)[:, :k]
 
 
-def _expected(router: nn.Module, hidden: torch.Tensor) -> Forecast:
-    logits, chosen = _ask(router, hidden)
+def _expected(logits: npt.NDArray[np.float32], chosen: npt.NDArray[np.int64]) -> Forecast:
     likely = np.exp(logits - logits.max(axis=1, keepdims=True))
     likely *= chosen.shape[1] / likely.sum(axis=1, keepdims=True)
     np.minimum(likely, 1.0, out=likely)
     likely[np.arange(len(chosen))[:, None], chosen] += 1.0
     expected: Forecast = 0.5 * likely.sum(axis=0)
     return expected
-
-
-def _ask(router: nn.Module, hidden: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Logits [tokens, experts] and choice [tokens, top_k] of a router for the hidden states that it is shown."""
-    # `forward`, not `__call__`: hooks on routers record router logits for the user and must not see guesses.
-    answer = router.forward(hidden)
-    return answer[0].float().cpu().numpy(), answer[2].cpu().numpy()
 
 
 def lookahead_router(router: nn.Module, norm: nn.Module | None, hidden_size: int) -> LookaheadRouter | str:
@@ -169,13 +194,44 @@ def lookahead_router(router: nn.Module, norm: nn.Module | None, hidden_size: int
         return f"router {type(router).__name__} needs {', '.join(names)}, of which only the hidden state is at hand"
     if not _answers(router):
         return f"router {type(router).__name__} does not answer (logits, weights, indices)"
-    return LookaheadRouter(router, None if norm is None else _gain(norm, hidden_size))
+    # On a CPU the router's own forward costs little more than its product.
+    top_k = plain_top_k(router) if next(router.parameters()).device.type != "cpu" else None
+    return LookaheadRouter(router, None if norm is None else _gain(norm, hidden_size), top_k)
+
+
+_NUM_PROBES = 64  # hidden states that a router is asked about
+_TOLERANCE = 0.02  # of the largest logit, in bfloat16
+
+
+@torch.inference_mode()
+def plain_top_k(router: nn.Module) -> int | None:
+    """How many experts a router chooses, if they are those of the highest logits and these its weight's product with
+    the hidden state; told from its answers to random ones. None: it does something else."""
+    weight = _weight(router)
+    random = torch.randn(_NUM_PROBES, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    answered, _, chosen = router.forward(random)[:3]
+    own = _logits(router, random).float()
+    is_product = bool((own - answered.float()).abs().max() <= _TOLERANCE * own.abs().max())
+    top_k = int(chosen.shape[1])
+    best = answered.topk(top_k, dim=1).values.sort(dim=1).values
+    is_best = torch.equal(answered.gather(1, chosen).sort(dim=1).values, best)
+    return top_k if is_product and is_best else None
+
+
+def _logits(router: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    weight = _weight(router)
+    return nn.functional.linear(hidden.to(weight.dtype), weight, getattr(router, "bias", None))
+
+
+def _weight(router: nn.Module) -> nn.Parameter:
+    """[experts, hidden]."""
+    return next(p for p in router.parameters(recurse=False) if p.ndim == 2)
 
 
 @torch.inference_mode()
 def _answers(router: nn.Module) -> bool:
     """Whether the router gives logits [tokens, experts], weights and expert indices [tokens, k] for hidden states."""
-    weight = next(p for p in router.parameters(recurse=False) if p.ndim == 2)
+    weight = _weight(router)
     answer = router.forward(torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device))
     return (
         isinstance(answer, tuple)

@@ -35,6 +35,8 @@ class Lane(enum.IntEnum):
     COMPUTE = 2
 
 
+_LANES = (Lane.DEMAND, Lane.PREFETCH)  # by `LoadReason`
+
 Event = Any
 """Made by `Streams.new_event`; recording it again does not touch what waits for it already."""
 
@@ -152,9 +154,13 @@ class CudaTransfer(Transfer):
         """See `Transfer.now_s`."""
         return time.perf_counter()
 
-    @_alone
     def submit(self, loads: Sequence[Load]) -> None:
-        """See `Transfer.submit`."""
+        """See `Transfer.submit`. Where nothing is submitted and nothing is under way, the device is asked nothing."""
+        if loads or self._under_way or self._late_error or self._is_closed or self._queue.has_waiting:
+            self._submit(loads)
+
+    @_alone
+    def _submit(self, loads: Sequence[Load]) -> None:
         if self._is_closed:
             raise ValueError("the transfer is closed")
         self._harvest()
@@ -184,22 +190,26 @@ class CudaTransfer(Transfer):
     @_alone
     def is_ready(self, expert: int) -> bool:
         """See `Transfer.is_ready`."""
+        load = self._queue.find(expert)
+        if load is None or load.has_ended:
+            return load is not None and load.state is LoadState.READY
         self._harvest()
         self._pump()
-        load = self._queue.find(expert)
-        return load is not None and self._is_there(load)
+        return load.state is LoadState.READY or load in self._awaited
 
     @_alone
     def has_failed(self, expert: int) -> bool:
         """See `Transfer.has_failed`."""
-        self._harvest()
         load = self._queue.find(expert)
+        if load is not None and not load.has_ended:
+            self._harvest()
         return load is not None and load.has_failed
 
     @_alone
     def is_filling(self, slot: int) -> bool:
         """See `Transfer.is_filling`."""
-        self._harvest()
+        if self._queue.is_filling(slot):
+            self._harvest()
         return self._queue.is_filling(slot)
 
     @_alone
@@ -217,9 +227,9 @@ class CudaTransfer(Transfer):
                 self._enqueue_rest(load)
                 if load.error:
                     self._settle(load)
-            ready = self._ready(experts)  # raises where a copy was refused
-            if not ready:
-                ready = [self._await(min(loads, key=lambda load: self._under_way[load][-1].number))]
+            if any(load.error for load in loads):
+                self._ready(experts)  # raises
+            ready = [self._await(min(loads, key=lambda load: self._under_way[load][-1].number))]
         self._pump()
         return ready
 
@@ -256,9 +266,6 @@ class CudaTransfer(Transfer):
             self.drain()
             self._is_closed = True
             self._streams.close()
-
-    def _is_there(self, load: QueuedLoad) -> bool:
-        return load.state is LoadState.READY or load in self._awaited
 
     def _ready(self, experts: Collection[int]) -> list[int]:
         return self._queue.ready(experts, self._describe, self._awaited)
@@ -310,7 +317,7 @@ class CudaTransfer(Transfer):
             self._enqueue(load, rest, flights)
 
     def _enqueue(self, load: QueuedLoad, pieces: range, after: Sequence[_Flight]) -> None:
-        lane, streams = Lane(load.reason), self._streams
+        lane, streams = _LANES[load.reason], self._streams
         start = pieces.start * self._piece_bytes
         num_bytes = min(pieces.stop * self._piece_bytes, streams.num_bytes) - start
         self._num_flights += 1
@@ -355,14 +362,14 @@ class CudaTransfer(Transfer):
         self._finish(flight.load, flight.num_pieces, error)
 
     def _finish(self, load: QueuedLoad, num_pieces: int, error: str) -> None:
-        for _ in range(num_pieces):
-            if self._queue.finish(load, error.partition("\n")[0]):
-                self._stats.num_loads += load.state is LoadState.READY
-                del self._under_way[load]
-                if load in self._awaited:
-                    self._awaited.remove(load)
-                    if load.error:
-                        self._late_error = self._what_failed(load)
+        if not self._queue.finish(load, error.partition("\n")[0], num_pieces):
+            return
+        self._stats.num_loads += load.state is LoadState.READY
+        del self._under_way[load]
+        if load in self._awaited:
+            self._awaited.remove(load)
+            if load.error:
+                self._late_error = self._what_failed(load)
 
     def _clock(self, flight: _Flight) -> None:
         """Add the time of a copy, less what one that ended before it covers, and that in which it was waited for."""

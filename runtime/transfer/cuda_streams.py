@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-from collections.abc import Callable
 
 import torch
 
 from runtime import machine
+from runtime.cuda_driver import CudaDriver
 from runtime.errors import BudgetError
 from runtime.transfer.cuda import Lane
 from runtime.transfer.device_slots import DeviceSlots
@@ -36,12 +35,13 @@ class CudaStreams:
         self._memory = slots.memory  # kept while copies go there
         self._source_address, self._target_address = slab.arena.address(0), slots.memory.data_ptr()
         self._is_registered = False
-        self._copy = _driver_copy()
+        self._driver = CudaDriver(self._device)
         with torch.cuda.device(self._device):
             demand = torch.cuda.Stream(self._device, priority=_HIGH)
             prefetch = torch.cuda.Stream(self._device, priority=_LOW) if num_streams > 1 else demand
-            self._streams = {Lane.DEMAND: demand, Lane.PREFETCH: prefetch}
+            self._streams = (demand, prefetch)
             self._register()
+        self._handles = tuple(stream.cuda_stream for stream in self._streams)
 
     def new_event(self) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=True)
@@ -55,11 +55,7 @@ class CudaStreams:
     def copy(self, lane: Lane, expert: int, slot: int, start: int, num_bytes: int) -> None:
         source = self._source_address + self._slab.start(expert) + start
         target = self._target_address + slot * self._slot_bytes + start
-        is_current = torch.cuda.current_device() == self._device.index
-        with contextlib.nullcontext() if is_current else torch.cuda.device(self._device):
-            error = self._copy(target, source, num_bytes, self._streams[lane].cuda_stream)
-        if error:
-            raise RuntimeError(f"CUDA error {error}: {num_bytes} bytes of an expert could not be copied")
+        self._driver.upload(target, source, num_bytes, self._handles[lane])
 
     def is_done(self, event: torch.cuda.Event) -> bool:
         return bool(event.query())
@@ -72,14 +68,14 @@ class CudaStreams:
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):  # a GPU that was lost
-            for stream in self._streams.values():
+            for stream in self._streams:
                 stream.synchronize()
         if self._is_registered:
             self._is_registered = False
             torch.cuda.cudart().cudaHostUnregister(self._source_address)
 
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
-        return self._streams.get(lane) or torch.cuda.current_stream(self._device)
+        return self._driver.stream if lane is Lane.COMPUTE else self._streams[lane]
 
     def _register(self) -> None:
         runtime = torch.cuda.cudart()
@@ -91,13 +87,3 @@ class CudaStreams:
                 f"({str(error).partition(chr(10))[0]}); raise RLIMIT_MEMLOCK, free memory, or compute on the CPU"
             ) from error
         self._is_registered = True
-
-
-def _driver_copy() -> Callable[[int, int, int, int], int]:
-    """`cuMemcpyHtoDAsync`: device address, host address, bytes, stream → error. Through torch it takes the host several
-    times as long, and every miss pays for it."""
-    copy = ctypes.CDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2
-    copy.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    copy.restype = ctypes.c_int
-    function: Callable[[int, int, int, int], int] = copy
-    return function

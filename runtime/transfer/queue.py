@@ -151,13 +151,14 @@ class LoadQueue:
     def take_rest(self, load: QueuedLoad) -> range:
         """Take every piece of a load that waits, whether it is its turn or not; their numbers in it."""
         first = load.num_taken
-        while load.num_taken < load.num_pieces:
+        if first < load.num_pieces:
+            load.num_taken = load.num_pieces - 1
             self._take_from(load)
         return range(first, load.num_taken)
 
-    def finish(self, load: QueuedLoad, error: str = "") -> bool:
-        """Note that a piece was read, or why it could not be; True when the load has ended with it."""
-        load.num_done += 1
+    def finish(self, load: QueuedLoad, error: str = "", num_pieces: int = 1) -> bool:
+        """Note that pieces were read, or why they could not be; True when the load has ended with them."""
+        load.num_done += num_pieces
         if error:
             self._fail(load, error)
         return self._end(load)

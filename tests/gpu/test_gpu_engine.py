@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM
 import runtime
 from harness.demo.widen import bundled_model
 from harness.measure.runner import Decoder
+from runtime import build
+from runtime.cuda_driver import CudaDriver
 from runtime.facts import CUDA_BUFFER_BYTES
 from runtime.profile import Match, Profile
+from runtime.readback import CudaReader
 
 pytestmark = pytest.mark.gpu
 
@@ -139,13 +142,28 @@ def test_against_plain_transformers(dtype: str, kernel: str, record_property: Ca
     assert difference < (0.5 if dtype == "bf16" else 1e-2)
 
 
-def test_one_host_synchronisation_per_layer() -> None:
-    with runtime.load(bundled_model(), device=DEVICE, overrides={"cache.slots": "25%", **NO_PREFETCH}) as engine:
-        decoder = Decoder(engine.model)
+@pytest.mark.parametrize(
+    "prefetch",
+    [NO_PREFETCH, *({"prefetch.depth": depth, "prefetch.on_trial": False} for depth in (1, 2, 3))],
+    ids=lambda overrides: f"depth {overrides['prefetch.depth']}",
+)
+def test_one_host_synchronisation_per_layer(prefetch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, which go past torch and are counted by the reader, and torch's own, which it warns of."""
+    readers: list[CudaReader] = []
+
+    def reader_for(device: torch.device) -> CudaReader:
+        readers.append(CudaReader(CudaDriver(device)))
+        return readers[-1]
+
+    monkeypatch.setattr(build, "reader_for", reader_for)
+    overrides = {"cache.slots": "25%", "predictor.kind": "gate_lookahead", **prefetch}
+    with runtime.load(bundled_model(), device=DEVICE, overrides=overrides) as engine:
+        (reader,), decoder = readers, Decoder(engine.model)
         with torch.inference_mode():
             decoder.logits(ids()[:-STEPS])
             for token in ids()[-STEPS:-8]:
                 decoder.logits([token])
+            before = reader.num_waits
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 with warnings.catch_warnings(record=True) as seen:
@@ -156,7 +174,34 @@ def test_one_host_synchronisation_per_layer() -> None:
         where = [f"{one.filename}:{one.lineno}" for one in seen if "synchroniz" in str(one.message)]
         num_layers, _ = engine.routing_shape
         print("\n".join(sorted(set(where))))
-        assert num_layers <= len(where) <= num_layers + 2  # the router's choices, the token's way there and back
+        assert reader.num_waits - before == num_layers
+        assert len(where) <= 1  # the token's way to the device
+        assert (engine.stats().cache.num_prefetch_issued > 0) == (prefetch["prefetch.depth"] > 0)
+
+
+def test_tensors_come_as_the_device_has_them() -> None:
+    """Also those that it has not computed yet, on a stream of their own."""
+    reader = CudaReader(CudaDriver(torch.device(DEVICE)))
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for stream in (torch.cuda.current_stream(DEVICE), torch.cuda.Stream(DEVICE)):
+        with torch.cuda.stream(stream):
+            for size in (1, 1000, 300_000):
+                torch.cuda._sleep(4_000_000)
+                wide = torch.randn(size, 6, device=DEVICE, generator=generator)
+                wanted = [wide.argsort(dim=1), wide.bfloat16(), wide[:, 1::2], wide.t(), wide.isnan(), wide[:0]]
+                found = reader(wanted)
+                for one, other in zip(found, wanted, strict=True):
+                    assert one.device.type == "cpu" and torch.equal(one, other.cpu())
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        CudaDriver(torch.device(DEVICE)).download(0, 0, 16)
+
+
+def test_token_ids_are_read_only_where_somebody_looks() -> None:
+    with runtime.load(bundled_model(), device=DEVICE, overrides={"cache.slots": "25%"}) as engine:
+        engine.start_trace()
+        logits(engine.model)
+        recorded = engine.trace().token_ids
+        assert recorded is not None and tuple(recorded.tolist()) == ids()
 
 
 def test_a_profile_of_this_gpu_runs_on_it() -> None:

@@ -126,6 +126,16 @@ class Seen(NamedTuple):
 
     passing: Pass
     layers: list[Observation]
+    hidden: list[torch.Tensor] | None  # the routers' inputs by layer
+
+    def shown(self, predictor: Predictor, layer: int) -> Observation:
+        """A layer as `predictor` observes it, with answers to what it asks."""
+        if self.hidden is None:
+            return self.layers[layer]
+        asked = [tensor.numpy() for tensor in predictor.ask(layer, self.hidden[layer])]
+        for answer in asked:
+            answer.flags.writeable = False
+        return replace(self.layers[layer], answers=lambda: asked)
 
 
 def _seen(steps: Sequence[Step], seed: int = 0) -> Iterator[Seen]:
@@ -140,24 +150,26 @@ def _seen(steps: Sequence[Step], seed: int = 0) -> Iterator[Seen]:
             requests=requests if step.names else (),
             tasks=tuple("ab"[request % 2] for request in requests) if step.names else (),
         )
-        yield Seen(passing, [_observation(passing, generator, step.shows) for _ in range(SHAPE.layers)])
+        layers, hidden = zip(*(_layer(passing, generator) for _ in range(SHAPE.layers)), strict=True)
+        yield Seen(passing, list(layers), list(hidden) if step.shows else None)
 
 
-def _observation(passing: Pass, generator: np.random.Generator, shows: bool) -> Observation:
+def _layer(passing: Pass, generator: np.random.Generator) -> tuple[Observation, torch.Tensor]:
+    """What a layer chooses, and the input of its router."""
     scores = generator.random((passing.num_tokens, SHAPE.experts))
     experts: npt.NDArray[np.int64] = np.argsort(scores, axis=1)[:, : SHAPE.top_k]
     experts.flags.writeable = False
     hidden = torch.from_numpy(generator.normal(size=(passing.num_tokens, HIDDEN)).astype(np.float32))
-    return Observation(passing, experts, hidden if shows else None)
+    return Observation(passing, experts), hidden
 
 
 def _walk(predictor: Predictor, seen: Seen, *, observed: bool = True) -> Iterator[Forecast | None]:
     """A pass as the coordinator makes it: the forecasts before the first layer and after each."""
     predictor.begin(seen.passing)
     yield predictor.forecast(BEFORE_FIRST_LAYER)
-    for layer, observation in enumerate(seen.layers):
+    for layer in range(len(seen.layers)):
         if observed:
-            predictor.observe(layer, observation)
+            predictor.observe(layer, seen.shown(predictor, layer))
         yield predictor.forecast(layer)
 
 
@@ -209,8 +221,8 @@ def test_a_choice_of_no_expert_leaves_no_trace(kind: str) -> None:
         for seen in _seen([Step(Phase.DECODE, ((turn // 8, 1), (99, 1))) for turn in range(90)]):
             first = seen.layers[0].experts.copy()
             first[0, 1] = none
-            layers = [replace(seen.layers[0], experts=first), *seen.layers[1:]]
-            forecasts += [of if of is None else of.tolist() for of in _walk(predictor, Seen(seen.passing, layers))]
+            changed = seen._replace(layers=[replace(seen.layers[0], experts=first), *seen.layers[1:]])
+            forecasts += [of if of is None else of.tolist() for of in _walk(predictor, changed)]
         found.append(forecasts)
     assert found[0] == found[1]
 
@@ -285,7 +297,8 @@ def test_the_coordinator_serves_every_demand_with_it(kind: str, policy: str) -> 
     steps += [Step(Phase.DECODE, ((turn // 8, 1), (99, 1))) for turn in range(90)]
     for seen in _seen(steps):
         coordinator.begin(seen.passing)
-        for layer, observation in enumerate(seen.layers):
+        for layer in range(len(seen.layers)):
+            observation = seen.shown(predictor, layer)
             demand, tokens = np.unique(observation.experts + layer * SHAPE.experts, return_counts=True)
             transfer.advance(0.5)
             served = coordinator.serve(layer, demand.tolist(), tokens.tolist(), observation)

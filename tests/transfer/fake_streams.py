@@ -40,7 +40,7 @@ class FakeStreams:
         refused: experts that `copy` raises for. wrong: what kernels found that was not their expert's.
         ignored: lanes on which waiting is left out, to see that the test notices.
         is_lost: the device answers nothing any more.
-        num_blocked: calls that blocked the host.
+        num_blocked: calls that blocked the host. num_calls: that a device was asked for anything.
     """
 
     def __init__(self, num_experts: int, num_slots: int, num_bytes: int, seed: int = 0) -> None:
@@ -54,7 +54,7 @@ class FakeStreams:
         self.wrong: list[str] = []
         self.ignored: set[Lane] = set()
         self.is_lost = self.is_closed = False
-        self.num_blocked = self.num_read = self.num_events = 0
+        self.num_blocked = self.num_read = self.num_events = self.num_calls = 0
         self._now_s = 0.0
 
     def new_event(self) -> FakeEvent:
@@ -62,6 +62,7 @@ class FakeStreams:
         return FakeEvent()
 
     def record(self, event: FakeEvent, lane: Lane) -> None:
+        self.num_calls += 1
         event.recorded += 1
         number = event.recorded
 
@@ -72,11 +73,13 @@ class FakeStreams:
         self.queues[lane].append(happen)
 
     def wait(self, event: FakeEvent, lane: Lane) -> None:
+        self.num_calls += 1
         number = event.recorded
         if lane not in self.ignored and number:
             self.queues[lane].append(lambda: number in event.happened)
 
     def copy(self, lane: Lane, expert: int, slot: int, start: int, num_bytes: int) -> None:
+        self.num_calls += 1
         if self.is_lost or expert in self.refused:
             raise RuntimeError(f"CUDA error: no copy of {expert}\nand a second line")
         middle, end = start + num_bytes // 2, start + num_bytes
@@ -94,6 +97,7 @@ class FakeStreams:
         self.queues[lane] += (begin, finish)
 
     def is_done(self, event: FakeEvent) -> bool:
+        self.num_calls += 1
         if self.is_lost:
             raise RuntimeError("CUDA error: device lost")
         return event.is_done
@@ -106,6 +110,7 @@ class FakeStreams:
             assert self.step(), "the event waits for ever"
 
     def elapsed_s(self, begin: FakeEvent, end: FakeEvent) -> float:
+        self.num_calls += 1
         return end.happened[end.recorded] - begin.happened[begin.recorded]
 
     def close(self) -> None:

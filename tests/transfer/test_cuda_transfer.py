@@ -233,3 +233,34 @@ def test_a_transfer_that_is_forgotten_closes_its_device() -> None:
     transfer_of(streams)
     gc.collect()
     assert streams.is_closed
+
+
+def test_where_nothing_is_under_way_the_device_is_asked_nothing() -> None:
+    streams = FakeStreams(NUM_EXPERTS, NUM_SLOTS, NUM_BYTES)
+    transfer = transfer_of(streams)
+    transfer.submit([demand(0, 0), prefetch(1, 1)])
+    assert transfer.wait_any([0]) == [0]
+    streams.run()
+    transfer.submit(())  # takes note of both
+    before = streams.num_calls
+    for _ in range(3):
+        transfer.submit(())
+        assert transfer.is_ready(0) and transfer.is_ready(1) and not transfer.is_ready(2)
+        assert not transfer.has_failed(0) and not transfer.is_filling(0)
+        transfer.promote(0)
+        assert transfer.stats().num_loads == 2
+    assert streams.num_calls == before
+
+
+def test_a_load_takes_few_calls() -> None:
+    """One gate for all of a call, two events for each load, and those of the statistics."""
+    streams = FakeStreams(NUM_EXPERTS, NUM_SLOTS, NUM_BYTES)
+    transfer = transfer_of(streams)
+    for number in (1, 2):
+        before = streams.num_calls
+        transfer.submit([demand(number * 3 + i, i) for i in range(number)])
+        for i in range(number):
+            transfer.wait_any([number * 3 + i])
+        streams.run()
+        transfer.submit(())
+        assert streams.num_calls - before <= 2 + 10 * number
