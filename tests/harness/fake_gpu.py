@@ -7,6 +7,7 @@ is asked of the GPU's memory is what was reserved there: slots, by their own siz
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from harness import probe
 from harness.hardware import cuda_copies, nvml
 from harness.hardware.compute import measure_experts
 from harness.search import child, gpu
-from runtime import build, devices, facts, loading
+from runtime import batching, build, devices, facts, loading
 from runtime.errors import DeviceError
 from runtime.transfer.device_slots import DeviceSlots
 
@@ -104,6 +105,7 @@ def install() -> None:
     loading.find_device, facts.free_bytes = _find_device, lambda device: 70 << 30
     for module in (build, loading, facts, devices):
         module.is_gpu = lambda device: True
+    batching.current = lambda device: nullcontext()
     cuda_copies.CudaCopies = Copies  # type: ignore[assignment,misc]
     cuda_copies.cuda_index = _cuda_index
     gpu._compute = _synchronize
