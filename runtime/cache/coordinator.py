@@ -129,7 +129,7 @@ class Coordinator:
             num_needed=counts[Count.MISSES] + counts[Count.PREFETCH_ISSUED],
             num_wasted=counts[Count.PREFETCH_WASTED],
             num_loads=moved.num_loads,
-            busy_s=moved.busy_s,
+            busy_s=moved.busy_s + moved.disk_busy_s,
             stall_s=moved.stall_s,
             num_layer_steps=counts[Count.LAYER_STEPS],
         )
