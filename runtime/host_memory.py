@@ -157,8 +157,9 @@ def _rows(needs: Sequence[PoolNeed], allowed_bytes: int, limits: str) -> list[tu
     total_bytes = sum(need.num_experts * need.row_bytes for need in needs)
     rows = [min(allowed_bytes * need.num_experts // total_bytes, need.num_experts) for need in needs]
     if any(number < need.least_rows for number, need in zip(rows, needs, strict=True)):
-        # The smallest sum whose shares are large enough.
+        # The smallest sum whose shares are large enough, or that holds everything.
         least_bytes = max(-(-need.least_rows * total_bytes // need.num_experts) for need in needs)
+        least_bytes = min(least_bytes, sum(need.num_experts * need.slab_bytes for need in needs))
         sums = " + ".join(f"{need.least_rows} rows of {format_bytes(need.row_bytes)}" for need in needs)
         raise BudgetError(
             f"{format_bytes(allowed_bytes)} of host memory do not hold the experts of one layer step ({sums}, which "

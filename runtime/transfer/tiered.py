@@ -27,14 +27,12 @@ class _Climb:
     """A load on its way.
 
     Attributes:
-        before: the load that must leave the slot first.
         is_new: no row was looked for so far.
         has_row: it leases the row of its expert.
         copy: out of that row; None: not handed over.
     """
 
     load: QueuedLoad
-    before: QueuedLoad | None
     is_new: bool = True
     has_row: bool = False
     copy: QueuedLoad | None = None
@@ -109,12 +107,15 @@ class TieredTransfer(Transfer):
             earlier = self._queue.in_slot(load.slot)
             if earlier in self._climbs:
                 self._take_back(self._climbs[earlier])
+        formers = [self._climb_of(load.expert) for load in loads]
         self._queue.put(loads, lambda _: 1)
         self._forget_cancelled()
-        for load in loads:
+        for load, former in zip(loads, formers, strict=True):
             queued = self._queue.find(load.expert)
             assert queued is not None
-            self._climbs[queued] = _Climb(queued, queued.after)
+            self._climbs[queued] = climb = _Climb(queued)
+            if former is not None and former.load in self._climbs and former.copy is None:
+                self._inherit(climb, former)
         self._find_rows()
         self._hand_over()
 
@@ -153,10 +154,9 @@ class TieredTransfer(Transfer):
     def is_filling(self, slot: int) -> bool:
         """See `Transfer.is_filling`. A read that was given up writes into a row, and into no slot."""
         self._advance()
-        load = self._queue.in_slot(slot)
-        if load in self._climbs and self._has_begun(self._climbs[load]):
-            self._queue.take_rest(load)
-        return self._queue.is_filling(slot)
+        own = [climb for climb in self._climbs.values() if climb.load.slot == slot]
+        reads = [self._reads.get(climb.expert) for climb in own if climb.has_row]
+        return any(map(_has_begun, (*(climb.load for climb in own), *(climb.copy for climb in own), *reads)))
 
     def wait_any(self, experts: Collection[int]) -> list[int]:
         """See `Transfer.wait_any`. Blocks only where none of `experts` is in host memory, until one is.
@@ -218,6 +218,13 @@ class TieredTransfer(Transfer):
         load = self._queue.find(expert)
         return None if load is None else self._climbs.get(load)
 
+    def _inherit(self, climb: _Climb, former: _Climb) -> None:
+        """Go on with what a load of the same expert into another slot has begun, which nobody wants there any more."""
+        climb.is_new, climb.has_row = former.is_new, former.has_row
+        self._end(former, "")
+        if climb.load.reason is LoadReason.DEMAND:
+            self._disk.promote(climb.expert)
+
     def _advance(self) -> None:
         """Take note of what has ended, and start what that has made room for."""
         if self._is_closed:
@@ -243,8 +250,9 @@ class TieredTransfer(Transfer):
                 self._residency.complete([expert])
             elif read.has_failed:
                 self._lose_row(expert)
-                for climb in [one for one in self._climbs.values() if one.expert == expert and one.has_row]:
-                    self._end(climb, read.error)
+                climb = self._climb_of(expert)
+                assert climb is not None, f"expert {expert} is read for nobody"
+                self._end(climb, read.error)
 
     def _end(self, climb: _Climb, error: str) -> None:
         del self._climbs[climb.load]
@@ -271,7 +279,7 @@ class TieredTransfer(Transfer):
             for climb in self._climbs.values():
                 if not climb.has_row and climb.load.reason is reason:
                     layer = climb.expert // self._num_experts
-                    groups.setdefault((layer, climb.is_new), {}).setdefault(climb.expert, climb)
+                    groups.setdefault((layer, climb.is_new), {})[climb.expert] = climb
             for (layer, is_new), group in groups.items():
                 rest = self._lease(layer, group, is_new=is_new)
                 while rest and reason is LoadReason.DEMAND and self._reclaim():
@@ -289,9 +297,6 @@ class TieredTransfer(Transfer):
             read = self._disk.find(expert)
             assert read is not None
             self._reads[expert] = read
-        for expert in plan.in_flight:
-            if group[expert].load.reason is LoadReason.DEMAND:
-                self._disk.promote(expert)
         return {expert: group[expert] for expert in plan.deferred}
 
     def _reclaim(self) -> bool:
@@ -305,7 +310,7 @@ class TieredTransfer(Transfer):
             self._queue.take_rest(climb.load)
             return False
         if climb.has_row:
-            if climb.copy is None and climb.expert in self._reads and not self._is_shared(climb):
+            if climb.copy is None and climb.expert in self._reads:
                 self._lose_row(climb.expert)
             else:
                 self._residency.release([climb.expert])
@@ -313,20 +318,12 @@ class TieredTransfer(Transfer):
         return True
 
     def _undo(self, climb: _Climb) -> bool:
-        """Cancel its copy, or the read that is for it alone; False where that has begun."""
+        """Cancel its copy or its read; False where that has begun."""
         if climb.copy is not None:
             return self._copies.find(climb.expert) is climb.copy and self._copies.cancel(climb.expert)
-        if climb.has_row and climb.expert in self._reads and not self._is_shared(climb):
+        if climb.has_row and climb.expert in self._reads:
             return self._disk.cancel(climb.expert)
         return True
-
-    def _has_begun(self, climb: _Climb) -> bool:
-        read = self._reads.get(climb.expert) if climb.has_row else None
-        return any(one is not None and one.state is not LoadState.QUEUED for one in (climb.copy, read))
-
-    def _is_shared(self, climb: _Climb) -> bool:
-        """Whether another load leases the same row."""
-        return any(one.expert == climb.expert and one.has_row and one is not climb for one in self._climbs.values())
 
     def _forget_cancelled(self) -> None:
         for load in [load for load in self._climbs if load.state is LoadState.CANCELLED]:
@@ -334,28 +331,20 @@ class TieredTransfer(Transfer):
 
     def _hand_over(self) -> None:
         """Copy from the rows that are filled, demand first, the loads of each slot in their order."""
+        ready: list[_Climb] = []
+        last: dict[int, _Climb] = {}  # by slot
+        for climb in self._climbs.values():
+            before = last.get(climb.load.slot)
+            last[climb.load.slot] = climb
+            is_filled = climb.has_row and climb.copy is None and climb.expert not in self._reads
+            # Where the copy before it has begun, the device keeps the order.
+            if is_filled and (before is None or _has_begun(before.copy)):
+                ready.append(climb)
         for reason in LoadReason:
-            while batch := self._next_copies(reason):
+            if batch := [climb for climb in ready if climb.load.reason is reason]:
                 self._to_copies([Load(climb.expert, climb.load.slot, reason) for climb in batch])
                 for climb in batch:
                     climb.copy = self._copies.find(climb.expert)
-
-    def _next_copies(self, reason: LoadReason) -> list[_Climb]:
-        """Loads that can be copied now, one of each expert."""
-        found: dict[int, _Climb] = {}
-        for climb in self._climbs.values():
-            is_there = climb.has_row and climb.copy is None and climb.expert not in self._reads
-            if is_there and climb.load.reason is reason and self._is_next(climb):
-                found.setdefault(climb.expert, climb)
-        return list(found.values())
-
-    def _is_next(self, climb: _Climb) -> bool:
-        """Whether the load before it in its slot has ended, or its copy has begun: then the device keeps the order."""
-        before = self._before(climb)
-        return before is None or (before.copy is not None and before.copy.state is not LoadState.QUEUED)
-
-    def _before(self, climb: _Climb) -> _Climb | None:
-        return None if climb.before is None else self._climbs.get(climb.before)
 
     def _to_copies(self, loads: Sequence[Load]) -> None:
         """Submit `loads`; what that says of earlier ones is kept for who may be told."""
@@ -376,7 +365,10 @@ class TieredTransfer(Transfer):
         Raises:
             TransferError: nothing moves any more, or nothing is left to wait for.
         """
-        firsts = [self._first(climb) for climb in climbs]
+        first: dict[int, _Climb] = {}  # by slot: the load that has to go first
+        for one in self._climbs.values():
+            first.setdefault(one.load.slot, one)
+        firsts = [first[climb.load.slot] for climb in climbs]
         copies = [one.copy for one in firsts if one.copy is not None]
         reads = [one.expert for one in firsts if one.has_row and one.expert in self._reads]
         if not copies and not reads:  # they wait for a row: any that comes free
@@ -398,12 +390,6 @@ class TieredTransfer(Transfer):
                 self._advance()  # others have failed
                 raise
 
-    def _first(self, climb: _Climb) -> _Climb:
-        """The load of its slot that has to go first."""
-        while (before := self._before(climb)) is not None:
-            climb = before
-        return climb
-
     @contextlib.contextmanager
     def _stalling(self) -> Iterator[None]:
         began_s = time.perf_counter()
@@ -411,3 +397,7 @@ class TieredTransfer(Transfer):
             yield
         finally:
             self._stall_s += time.perf_counter() - began_s
+
+
+def _has_begun(load: QueuedLoad | None) -> bool:
+    return load is not None and load.state is not LoadState.QUEUED
