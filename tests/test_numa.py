@@ -12,6 +12,7 @@ import pytest
 from runtime import numa
 from runtime.transfer.slots import SlotArena
 
+
 def test_near_a_node_means_on_its_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.sched_getaffinity(0)
     one = min(before)
