@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from harness.hardware.bandwidth import Curve, measure_curve
 from harness.hardware.compute import TOKENS, ExpertTime, measure_experts
 from harness.hardware.copies import Copies, copy_lines, measure_copies
-from harness.hardware.host import HostMemory, host_memory, near
 from harness.hardware.nvml import find_gpu, gpu_state, read_gpus
 from harness.hardware.readings import GpuReadings, NvmlReadings
 from harness.hardware.verdicts import Judgement, disk_links, judge_disk
-from runtime import machine
+from runtime import machine, numa
 from runtime.errors import DeviceError, UsageError, cli_main
+from runtime.host_memory import HostMemory, host_memory
 from runtime.machine import format_bytes
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class Probe:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "hardware": machine.fingerprint(self.device)}
+        host = {**asdict(self.host), "pinnable_bytes": self.host.pinnable_bytes}
+        return {**asdict(self), "host": host, "hardware": machine.fingerprint(self.device)}
 
     def describe(self) -> str:
         """A block for people."""
@@ -147,7 +148,7 @@ def _copies(gpu: GpuReadings, expert_bytes: int, budget_s: float) -> Copies:
     largest_bytes = min(_LARGEST_COPY_BYTES, host_memory().pinnable_bytes // 4, free_bytes // 4)
     which = gpu.uuid.value or gpu.index
     try:
-        with near(gpu.numa_node.value):
+        with numa.near(gpu.numa_node.value):
             generation = gpu.pcie_generation_max.value
             return measure_copies(
                 device, expert_bytes, largest_bytes, lambda: gpu_state(which), generation, budget_s=budget_s

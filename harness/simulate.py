@@ -1,6 +1,8 @@
 """Replay a routing trace on a virtual clock: `python -m harness.simulate --trace T --policy lru,next_use`.
 
-The decisions are the engine's own code; only time is simulated. Needs neither torch nor the model.
+The decisions are the engine's own code; only time is simulated. Needs neither torch nor the model. With `--host-slots`
+the slots are a GPU's, above host memory that does not hold all experts either: what is counted then is which experts
+come from disk.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from harness.fitting.base import FitOptions
 from harness.fitting.heldout import held_out
+from harness.measure.host_replay import HostResult, misses, replay_host
 from harness.measure.replay import PREDICTORS, ReplayResult, Setting, Timing, artifacts_by_kind, replay
 from harness.measure.schedule import Schedule
 from runtime.cache.policies import ORACLE, POLICIES
@@ -29,6 +32,7 @@ from runtime.trace import RoutingTrace, read_trace
 
 ALL_POLICIES = (*POLICIES, ORACLE)
 DEFAULT_SLOTS = "15%,25%,45%"
+_HOST_POLICIES = "lru,lfu,lfru,next_use,td_next_use"
 ASSUMED_EXPERT_BYTES = 6 << 20  # where the trace does not say
 
 
@@ -48,10 +52,12 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments, trace)
     if arguments.held_out:
         trace = held_out(trace, artifacts_by_kind(arguments.artifact, trace), FitOptions()).judged
-    timing = _timing(arguments, trace)
     schedule = Schedule(trace, batch=arguments.batch, max_tokens=arguments.max_tokens)
-    results = []
     quiet = arguments.json or not sys.stderr.isatty()
+    if arguments.host_slots:
+        return _run_host(arguments, schedule, settings, quiet)
+    timing = _timing(arguments, trace)
+    results = []
     with tqdm(total=schedule.num_tokens * len(settings), unit="tok", desc="replaying", disable=quiet) as bar:
         for setting in settings:
             bar.set_postfix_str(f"{setting.policy}, {setting.slots} slots")
@@ -71,6 +77,29 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_host(arguments: argparse.Namespace, schedule: Schedule, settings: Sequence[Setting], quiet: bool) -> int:
+    """Two tiers: every setting of the slots above every one of host memory."""
+    if any(setting.predictor != "none" or setting.policy == ORACLE for setting in settings) or arguments.plot:
+        raise UsageError("--host-slots replays demand alone: leave out belady, predictors and --plot")
+    num_experts = schedule.trace.num_layers * schedule.trace.num_experts
+    slots = [_slots("--host-slots", text, num_experts) for text in arguments.host_slots.split(",")]
+    policies = _policies("--host-policy", arguments.host_policy, tuple(POLICIES))
+    results: list[HostResult] = []
+    with tqdm(total=schedule.num_tokens * len(settings), unit="tok", desc="replaying", disable=quiet) as bar:
+        for setting in settings:
+            missed = misses(schedule, setting, bar.update)
+            for count, policy in itertools.product(slots, policies):
+                results.append(replay_host(schedule, setting, missed, policy, count))
+                if arguments.json:
+                    print(json.dumps(results[-1].as_dict()), flush=True)
+    table = pd.DataFrame([result.as_dict() for result in results])
+    if arguments.csv:
+        write_named("--csv", arguments.csv, table.to_csv(index=False))
+    if not arguments.json:
+        print(table.drop(columns=["expert_bytes", "tokens"]).to_string(index=False, float_format="{:.3f}".format))
+    return 0
+
+
 def _check_counts(arguments: argparse.Namespace) -> None:
     for name in ("count", "every", "batch", "max_tokens"):
         value = getattr(arguments, name)
@@ -84,13 +113,11 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace, trace: RoutingTrace) -> list[Setting]:
-    policies = list(ALL_POLICIES) if arguments.policy == "all" else arguments.policy.split(",")
+    policies = _policies("--policy", arguments.policy, ALL_POLICIES)
     predictors = arguments.predictor.split(",")
-    if unknown := [name for name in policies if name not in ALL_POLICIES]:
-        raise UsageError(f"no policy {unknown[0]!r}; there are {', '.join(ALL_POLICIES)}")
     if unknown := [name for name in predictors if name not in PREDICTORS]:
         raise UsageError(f"no predictor {unknown[0]!r} that replays a trace; there are {', '.join(PREDICTORS)}")
-    slots = [_slots(text, trace.num_layers * trace.num_experts) for text in arguments.slots.split(",")]
+    slots = [_slots("--slots", text, trace.num_layers * trace.num_experts) for text in arguments.slots.split(",")]
     artifacts = artifacts_by_kind(arguments.artifact, trace)
     if unused := artifacts.keys() - set(predictors):
         raise UsageError(f"--artifact holds a {unused.pop()} predictor, which --predictor does not name")
@@ -116,13 +143,20 @@ def _period(arguments: argparse.Namespace, predictor: str) -> tuple[int, str]:
     return arguments.every or every, arguments.every_unit or unit
 
 
-def _slots(text: str, num_experts: int) -> int:
+def _policies(option: str, text: str, known: Sequence[str]) -> list[str]:
+    policies = list(known) if text == "all" else text.split(",")
+    if unknown := [name for name in policies if name not in known]:
+        raise UsageError(f"{option}: no policy {unknown[0]!r}; there are {', '.join(known)}")
+    return policies
+
+
+def _slots(option: str, text: str, num_experts: int) -> int:
     try:
         slots = round(num_experts * float(text[:-1]) / 100) if text.endswith("%") else int(text)
     except ValueError:
-        raise UsageError(f"--slots {text!r} is neither a count nor a share of all experts such as 25%") from None
+        raise UsageError(f"{option} {text!r} is neither a count nor a share of all experts such as 25%") from None
     if not 1 <= slots <= num_experts:
-        raise UsageError(f"--slots {text} is {slots} slots; from 1 to all {num_experts} experts make sense")
+        raise UsageError(f"{option} {text} is {slots} slots; from 1 to all {num_experts} experts make sense")
     return slots
 
 
@@ -172,6 +206,8 @@ def _parser() -> argparse.ArgumentParser:
         "--policy", default="lru,next_use,td_next_use,belady", help=f"of {', '.join(ALL_POLICIES)}; or all"
     )
     parser.add_argument("--slots", default=DEFAULT_SLOTS, help="counts or shares of all experts (%(default)s)")
+    parser.add_argument("--host-slots", help="experts that host memory has room for, below these slots; default: all")
+    parser.add_argument("--host-policy", default=_HOST_POLICIES, help="of host memory (%(default)s)")
     parser.add_argument("--predictor", default="none", help=f"of {', '.join(PREDICTORS)} (%(default)s)")
     parser.add_argument(
         "--depth", type=int, default=1, help="layers ahead that are prefetched for; 0: none (%(default)s)"

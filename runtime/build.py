@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from runtime import machine
+from runtime import machine, numa
 from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
 from runtime.cache.miss import Misses, MissSplit
@@ -22,6 +24,7 @@ from runtime.errors import BudgetError, UnsupportedModelError
 from runtime.experts import IMPLEMENTATION, KERNELS, ExpertSource, Kernel, LayerRunner, ResidentSource, register
 from runtime.facts import ModelFacts, pool_layers, resolve, top_k_of, wanted_slots
 from runtime.host_experts import HostLayer
+from runtime.host_memory import HostPlan, PoolNeed, host_memory, plan_host
 from runtime.loading import choose
 from runtime.miss_rates import rates_of
 from runtime.model import LoadedModel, load_offloaded, load_resident, routers_and_norms
@@ -38,18 +41,22 @@ from runtime.predictors.gate_lookahead import (
 )
 from runtime.predictors.make import PredictorSpec, make_predictor
 from runtime.predictors.params import LEARNING
-from runtime.profile import LOSSY, Profile
+from runtime.profile import LOSSY, Profile, Tiers
 from runtime.readback import Reader, reader_for
 from runtime.substitute import PHASES, Substitution, substitution_of
 from runtime.transfer.base import Transfer
 from runtime.transfer.cuda import CudaTransfer
-from runtime.transfer.cuda_streams import CudaStreams
+from runtime.transfer.cuda_streams import CudaStreams, pins_beyond
 from runtime.transfer.device_slots import DeviceSlots
 from runtime.transfer.disk import DiskTransfer
-from runtime.transfer.host_slab import HostSlab
+from runtime.transfer.host_rows import HostRows
+from runtime.transfer.host_slab import HostSlab, slab_slot_bytes
 from runtime.transfer.slots import SlotArena
 from runtime.transfer.store import ExpertStore
+from runtime.transfer.tiered import TieredTransfer
 from runtime.vocabulary import Load, Phase
+
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -203,13 +210,20 @@ def _build_pools(
     notes: list[str] = []
     total = wanted_slots(profile.cache.slots, facts.num_experts_total)
     members = pool_layers(loaded.layers)
+    stores = [ExpertStore.open(loaded.model, loaded.files, [loaded.layers[i] for i in layers]) for layers in members]
     if total < len(members):
         raise BudgetError(f"{total} slots for {len(members)} shapes of experts: each needs at least 1; raise the limit")
-    for layers in members:
+    host = _plan_host(stores, profile, facts, device) if is_gpu(device) else None
+    if host is not None:
+        notes.append(host.describe())
+    for number, (layers, store) in enumerate(zip(members, stores, strict=True)):
         share = sum(loaded.layers[i].num_experts for i in layers) / facts.num_experts_total
         predictor, inputs, note = _build_predictor(loaded, layers, profile)
-        store = ExpertStore.open(loaded.model, loaded.files, [loaded.layers[i] for i in layers])
-        tier = _tier(store, max(1, int(total * share)), profile, device)
+        num_slots = max(1, int(total * share))
+        if host is None:
+            tier = _tier(store, num_slots, profile)
+        else:
+            tier = _gpu_tier(store, num_slots, profile, facts, device, host, number)
         pool = _build_pool(tier, len(layers), predictor, profile, facts, needed)
         hosts, miss_notes = _compute_misses(loaded, layers, pool, profile, device)
         note += tier.notes + miss_notes
@@ -236,25 +250,79 @@ class _Tier(NamedTuple):
     host: HostWeights | None = None
 
 
-def _tier(store: ExpertStore, num_slots: int, profile: Profile, device: torch.device) -> _Tier:
-    """From disk to host memory for the CPU; from host memory, into which all experts are read now, for a GPU.
+def _tier(store: ExpertStore, num_slots: int, profile: Profile) -> _Tier:
+    """From disk to host memory, for the CPU."""
+    arena = SlotArena(num_slots, store.slot_bytes)
+    return _Tier(store, arena, DiskTransfer(store, arena, io_threads=profile.transfer.io_threads), [])
+
+
+def _plan_host(stores: Sequence[ExpertStore], profile: Profile, facts: ModelFacts, device: torch.device) -> HostPlan:
+    """Where the experts of a GPU's model will rest; said in the log before any of their memory is taken.
 
     Raises:
-        BudgetError: the host has no room for them, or the device for the slots.
+        BudgetError: the host has no room for them.
     """
-    io_threads = profile.transfer.io_threads
-    if not is_gpu(device):
-        arena = SlotArena(num_slots, store.slot_bytes)
-        return _Tier(store, arena, DiskTransfer(store, arena, io_threads=io_threads), [])
-    limit = profile.tiers.host_bytes if profile.tiers is not None else None
-    slab = HostSlab(store, io_threads=io_threads, limit_bytes=limit)
-    slots = DeviceSlots(num_slots, slab.slot_bytes, device)
-    transfer = CudaTransfer(CudaStreams(slab, slots, profile.transfer.streams), num_slots, store.describe)
-    note = (
-        f"{machine.format_bytes(slab.total_bytes)} of pinned host memory hold all experts, "
-        f"{num_slots} slots on {device} {machine.format_bytes(num_slots * slots.slot_bytes)}"
-    )
-    return _Tier(slab, slots, transfer, [note], None if profile.miss == "copy" else slab)
+    memory = host_memory()
+    limit = memory.memlock_bytes
+    if limit is not None and device.type == "cuda" and pins_beyond(limit, device):
+        memory = replace(memory, memlock_bytes=None)
+    needs = [
+        PoolNeed(len(store.experts), slab_slot_bytes(store), store.slot_bytes, min(facts.top_k, store.num_experts))
+        for store in stores
+    ]
+    plan = plan_host(needs, memory, profile.tiers.host_bytes if profile.tiers is not None else None)
+    _log.info(plan.describe())
+    return plan
+
+
+def _gpu_tier(
+    store: ExpertStore,
+    num_slots: int,
+    profile: Profile,
+    facts: ModelFacts,
+    device: torch.device,
+    host: HostPlan,
+    number: int,
+) -> _Tier:
+    """From host memory, into which experts are read now: all of them, or as many as `host` has rows for in pool
+    `number`; the others come from disk when they are needed.
+
+    Raises:
+        BudgetError: the device has no room for the slots, or the driver does not pin the memory.
+        TransferError: an expert cannot be read.
+    """
+    share, io_threads, num_streams = host.shares[number], profile.transfer.io_threads, profile.transfer.streams
+    node, notes = _node(device)
+    rows: HostSlab | HostRows
+    if host.holds_all:
+        rows = HostSlab(store, io_threads=io_threads, num_pinned=share.num_pinned, node=node)
+    else:
+        policy = (profile.tiers or Tiers()).host_policy
+        rows = HostRows(store, share.num_rows, num_pinned=share.num_pinned, top_k=facts.top_k, policy=policy, node=node)
+    if not rows.is_placed:
+        notes.append(f"the kernel does not place memory on NUMA node {node}, which {device} is near: it may be farther")
+    slots = DeviceSlots(num_slots, rows.slot_bytes, device)
+    notes.append(f"{num_slots} slots on {device}, {machine.format_bytes(num_slots * slots.slot_bytes)}")
+    copies = CudaTransfer(CudaStreams(rows, slots, num_streams), num_slots, store.describe)
+    weights = None if profile.miss == "copy" else rows
+    if isinstance(rows, HostSlab):
+        return _Tier(rows, slots, copies, notes, weights)
+    disk = DiskTransfer(store, rows.arena, io_threads=io_threads)
+    transfer = TieredTransfer(rows, disk, copies, num_slots, store.describe)
+    try:
+        transfer.fill(store.experts)
+    except BaseException:
+        transfer.close()
+        raise
+    return _Tier(rows, slots, transfer, notes, weights)
+
+
+def _node(device: torch.device) -> tuple[int | None, list[str]]:
+    """The NUMA node near a GPU; None where there is but one, or, with a note, where it is not known."""
+    if device.type != "cuda" or len(numa.nodes()) < 2:
+        return None, []
+    node = numa.gpu_node(device.index)
+    return node, [] if node is not None else [f"which NUMA node {device} is near is not known: it may be a farther one"]
 
 
 def _compute_misses(
@@ -271,7 +339,9 @@ def _compute_misses(
     hosts = [HostLayer(loaded.modules[index], may_compute) for index in layers]
     rates = rates_of(pool, hosts, device)
     split = MissSplit(rates, 1.0 if profile.miss == "compute" else profile.compute.host_share)
-    pool.coordinator.misses = Misses(split, lambda expert: weights(expert) is not None)
+    pool.coordinator.misses = Misses(
+        split, lambda expert: weights(expert) is not None, pool.host.hold, pool.host.release
+    )
     note = (
         f"a miss takes {1e3 * rates.copy_s:.3g} ms to copy and {1e3 * rates.compute_s(1):.3g} ms to compute with "
         f"{profile.compute.threads} threads, at the same time: of 8, {split.num_copies([1] * 8)} are copied"

@@ -54,6 +54,12 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("substituted_choices", "Choices of absent experts that others took", lambda of: of.cache.num_substituted),
     ("misses_computed", "Misses computed on the CPU instead of being loaded", lambda of: of.cache.num_computed),
 )
+_DISK_COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+    ("disk_loads", "Experts that the disk brought into host memory for a GPU", lambda of: of.num_disk_loads),
+    ("disk_loaded_bytes", "Bytes asked of the disk for these", lambda of: of.num_disk_bytes),
+    ("disk_busy_seconds", "Time in which at least one of these was read", lambda of: of.disk_busy_s),
+)
+"""Told where there is such a tier; for a CPU the loads are from disk themselves."""
 _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("slots", "Expert slots in use", lambda of: of.num_slots),
     ("slots_occupied", "Slots that hold an expert or wait for one", lambda of: of.num_slots_occupied),
@@ -110,7 +116,7 @@ class _Collector:
         for result, num in (("hit", cache.num_hits), ("in_flight", cache.num_in_flight), ("miss", cache.num_misses)):
             lookups.add_metric([result], num)
         yield lookups
-        for name, what, of in _COUNTERS:
+        for name, what, of in (*_COUNTERS, *(_DISK_COUNTERS if stats.num_disk_loads else ())):
             yield CounterMetricFamily(f"expertflow_{name}", what, value=of(stats))
         for name, what, of in (*_GAUGES, *(_GPU_GAUGES if stats.peak_gpu_bytes else ())):
             yield GaugeMetricFamily(f"expertflow_{name}", what, value=of(stats))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,10 +34,16 @@ class ExpertPlaces(Protocol):
 
 
 class HostWeights(Protocol):
-    """Where experts rest that can be computed there: `HostSlab`."""
+    """Where experts rest that can be computed there: `HostSlab`, `HostRows`."""
 
     def weights(self, expert: int) -> Weights | None:
-        """The tensors of an expert in host memory, until the layer step ends; None: it is not there now."""
+        """The tensors of an expert in host memory, as long as it is held; None: it is not there now."""
+
+    def hold(self, experts: Collection[int]) -> None:
+        """Keep experts that are there where they are until they are released."""
+
+    def release(self, experts: Collection[int]) -> None:
+        """Let them go."""
 
 
 class Slots(Protocol):

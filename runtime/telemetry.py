@@ -158,6 +158,8 @@ class EngineStats:
         num_bytes: bytes that they asked of the medium, alignment included.
         num_loads_cancelled: loads dropped before they began.
         num_retries: reads that were tried again. num_failed_loads: loads that failed for all that.
+        num_disk_loads, num_disk_bytes, disk_busy_s: where a GPU's loads come from host memory that does not hold all
+            experts, what the disk brought there for them; else 0.
         busy_s: time in which at least one load was under way (pools added up).
         stall_s: time that the compute thread waited for experts.
         peak_resident_bytes: highest resident memory of the process, since its start or the last `machine.reset_peak`;
@@ -182,6 +184,9 @@ class EngineStats:
     num_retries: int = 0
     num_failed_loads: int = 0
     peak_gpu_bytes: int = 0
+    num_disk_loads: int = 0
+    num_disk_bytes: int = 0
+    disk_busy_s: float = 0.0
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -228,6 +233,12 @@ class EngineStats:
             f"stall      {self.stall_s:.2f} s waiting, {self.busy_s:.2f} s loading",
             f"memory     {', '.join(self._peaks())} at the peak",
         ]
+        if self.num_disk_loads:
+            lines.insert(
+                5,
+                f"from disk  {self.num_disk_loads} of the loads, {self.num_disk_bytes / 1e9:.3f} GB, "
+                f"{self.disk_busy_s:.2f} s reading",
+            )
         if cache.num_substituted:
             lines.insert(2, f"substituted {cache.num_substituted} choices of absent experts: results are not exact")
         if cache.num_computed:
@@ -249,6 +260,7 @@ class EngineStats:
             cache.hit_rate is not None and f"hits {cache.hit_rate:.1%}",
             self.stall_share is not None and f"stall {self.stall_share:.1%}",
             self.bytes_per_token is not None and f"{self.bytes_per_token / 1e6:.2f} MB/token",
+            self.num_disk_loads > 0 and f"{self.num_disk_loads} of {self.num_loads} loads from disk",
             cache.num_prefetch_issued > 0
             and f"prefetch {cache.num_prefetch_used} used ({cache.num_prefetch_late} late), "
             f"{cache.num_prefetch_wasted} wasted",
@@ -269,6 +281,9 @@ _COUNTED = (
     "num_loads_cancelled",
     "num_retries",
     "num_failed_loads",
+    "num_disk_loads",
+    "num_disk_bytes",
+    "disk_busy_s",
     "busy_s",
     "stall_s",
 )
@@ -312,6 +327,9 @@ def engine_stats(
         num_loads_cancelled=sum(stats.num_cancelled for stats in transfers),
         num_retries=sum(stats.num_retries for stats in transfers),
         num_failed_loads=sum(stats.num_failed_loads for stats in transfers),
+        num_disk_loads=sum(stats.num_disk_loads for stats in transfers),
+        num_disk_bytes=sum(stats.num_disk_bytes for stats in transfers),
+        disk_busy_s=sum(stats.disk_busy_s for stats in transfers),
         busy_s=sum(stats.busy_s for stats in transfers),
         stall_s=sum(stats.stall_s for stats in transfers),
         peak_resident_bytes=peak_resident_bytes,

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 
 from runtime.transfer.cuda import Lane
+from runtime.transfer.cuda_streams import HostSource
 from runtime.transfer.device_slots import DeviceSlots
-from runtime.transfer.host_slab import HostSlab
+from runtime.transfer.host_slab import Span
 
 
 class LateStreams:
     """Copies run when the compute stream waits for them; a kernel that did not wait reads what was there before."""
 
-    def __init__(self, slab: HostSlab, slots: DeviceSlots, num_streams: int) -> None:
-        self.num_bytes = slab.num_bytes
-        self._slab, self._slots = slab, slots
-        self._source = torch.frombuffer(slab.arena.memory, dtype=torch.uint8)
-        self._pending: list[tuple[int, int, int, int]] = []
+    def __init__(self, source: HostSource, slots: DeviceSlots, num_streams: int) -> None:
+        self.num_bytes = source.num_bytes
+        self._spans, self._slots = source.spans, slots
+        self._source = torch.frombuffer(source.arena.memory, dtype=torch.uint8)
+        self._pending: list[tuple[int, tuple[Span, ...]]] = []
         slots.memory.fill_(255)  # bfloat16 NaN
 
     def new_event(self) -> list[int]:
@@ -30,7 +31,7 @@ class LateStreams:
             self.synchronize(event)
 
     def copy(self, lane: Lane, expert: int, slot: int, start: int, num_bytes: int) -> None:
-        self._pending.append((expert, slot, start, num_bytes))
+        self._pending.append((slot, tuple(self._spans(expert, start, num_bytes))))
 
     def is_done(self, event: list[int]) -> bool:
         return all(one is None for one in self._pending[: event[0]])
@@ -38,10 +39,10 @@ class LateStreams:
     def synchronize(self, event: list[int]) -> None:
         for number, one in enumerate(self._pending[: event[0]]):
             if one is not None:
-                expert, slot, start, num_bytes = one
-                source, target = self._slab.start(expert) + start, slot * self._slots.slot_bytes + start
-                copied = self._source[source : source + num_bytes]
-                self._slots.memory[target : target + num_bytes] = copied
+                slot, spans = one
+                for source, target, num_bytes in spans:
+                    start = slot * self._slots.slot_bytes + target
+                    self._slots.memory[start : start + num_bytes] = self._source[source : source + num_bytes]
                 self._pending[number] = None  # type: ignore[call-overload]
 
     def elapsed_s(self, begin: list[int], end: list[int]) -> float:

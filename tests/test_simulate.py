@@ -19,6 +19,7 @@ from tiny import EXPERTS, LAYERS, save_tiny
 
 import runtime
 from harness.fitting.base import FitOptions, split
+from harness.measure.host_replay import misses, replay_host
 from harness.measure.replay import (
     RecordedLookahead,
     Setting,
@@ -187,6 +188,36 @@ def test_the_table_the_csv_and_the_plot(trace_file: Path, tmp_path: Path, capsys
     assert "belady" in table and "100%" in table
     assert len(csv.read_text().splitlines()) == 1 + 3 * (len(POLICIES) + 1)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_tiers_count_what_comes_from_disk(
+    trace_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    csv = tmp_path / "t.csv"
+    above = ["--trace", str(trace_file), "--policy", "lru", "--slots", "6"]
+    tiers = ["--host-slots", "50%,100%", "--host-policy", "lru,td_next_use", "--csv", str(csv)]
+    assert main([*above, "--json"]) == main([*above, *tiers, "--json"]) == 0
+    alone, *found = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert [(one["policy"], one["slots"]) for one in found] == [
+        (policy, slots) for slots in (LAYERS * EXPERTS // 2, LAYERS * EXPERTS) for policy in ("lru", "td_next_use")
+    ]
+    assert {one["gpu_misses"] for one in found} == {alone["misses"]}
+    half, whole = found[0], found[2]
+    trace = read_trace(trace_file)
+    num_used = sum(len(np.unique(trace.experts[:, layer])) for layer in range(trace.num_layers))
+    assert whole["host_misses"] == num_used < half["host_misses"] < alone["misses"]
+    assert half["disk_reads_per_token"] == half["host_misses"] / trace.num_tokens
+    assert len(csv.read_text().splitlines()) == 5
+    assert main([*above, *tiers]) == 0 and "td_next_use" in capsys.readouterr().out
+
+
+def test_a_host_tier_below_all_slots_sees_every_expert_once() -> None:
+    schedule = Schedule(_random(2, 40, 3, 8, 2), batch=2)
+    above = Setting("lru", 24)
+    missed = misses(schedule, above, lambda num_tokens: None)
+    found = replay_host(schedule, above, missed, "lru", 1)
+    assert found.gpu_misses == found.host_misses == len({expert for _, demand in missed for expert in demand})
+    assert found.hit_rate == 0.0
 
 
 def test_held_out_requests_are_those_that_a_training_would_hold_out(

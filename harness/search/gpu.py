@@ -12,8 +12,9 @@ from harness.hardware.nvml import gpu_state, read_gpus
 from harness.hardware.readings import GpuReadings, NvmlReadings
 from harness.search.outcome import Kind
 from harness.search.trial import TrialRunner
-from runtime import machine
-from runtime.errors import BudgetError, DeviceError
+from runtime.errors import DeviceError
+from runtime.host_memory import HostPlan, PoolNeed, host_memory, plan_host
+from runtime.transfer.host_slab import ALIGNMENT_BYTES
 from runtime.transfer.layout import PAGE_BYTES, align
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 PROBE_S = 4.0
 """Seconds of a probe, three times as many for copies: a prior is wanted, and trials correct it."""
 _TIMEOUT_S = 300.0
-_MOST_GAPS, _ALIGNMENT_BYTES = 3, 256  # of an expert in host memory: before each of its tensors but the first
+_MOST_GAPS = 3  # of an expert in host memory: before each of its tensors but the first
 
 
 @dataclass(frozen=True)
@@ -154,29 +155,12 @@ def _probed(spec: ProbeSpec) -> dict[str, Any]:
     return asdict(probe)
 
 
-@dataclass(frozen=True)
-class HostNeed:
-    """Of the host beside a process that computes on a GPU: pinned memory for experts, and whether some stay on disk."""
-
-    pinned_bytes: int
-    has_disk_tier: bool
-
-
-def host_need(facts: ModelFacts, profile: Profile) -> HostNeed:
-    """What every trial pins: all experts, or as much as `tiers.host_bytes` allows.
+def host_plan(facts: ModelFacts, profile: Profile) -> HostPlan:
+    """Where the experts of every trial will rest, as loading decides.
 
     Raises:
-        BudgetError: more than is free.
+        BudgetError: the host has no room for them.
     """
-    row_bytes = align(facts.expert_bytes + _MOST_GAPS * _ALIGNMENT_BYTES, PAGE_BYTES)
-    all_bytes = facts.num_experts_total * row_bytes
-    allowed = profile.tiers.host_bytes if profile.tiers is not None else None
-    pinned_bytes = all_bytes if allowed is None else min(allowed, all_bytes)
-    free_bytes = machine.available_memory_bytes()
-    if pinned_bytes > free_bytes:
-        raise BudgetError(
-            f"the experts need {machine.format_bytes(pinned_bytes)} of pinned host memory and "
-            f"{machine.format_bytes(free_bytes)} are free; free some, or tune for the CPU, which leaves them on disk: "
-            "--device cpu"
-        )
-    return HostNeed(pinned_bytes, pinned_bytes < all_bytes)
+    slab_bytes = align(facts.expert_bytes + _MOST_GAPS * ALIGNMENT_BYTES, PAGE_BYTES)
+    need = PoolNeed(facts.num_experts_total, slab_bytes, facts.slot_bytes, min(facts.top_k, facts.identity.experts))
+    return plan_host([need], host_memory(), profile.tiers.host_bytes if profile.tiers is not None else None)

@@ -26,7 +26,7 @@ from harness.measure.workload import Part, TokenRequest, Workload, cut, load_wor
 from harness.probe import Probe, take_probe
 from harness.search.confirm import Confirmation, Segment, confirm
 from harness.search.costs import IO_THREADS, Costs
-from harness.search.gpu import Gpu, HostNeed, ProbeSpec, host_need, probe_with
+from harness.search.gpu import Gpu, ProbeSpec, host_plan, probe_with
 from harness.search.guide import Guide
 from harness.search.live import LiveTrial
 from harness.search.loop import GpuLostError
@@ -55,6 +55,7 @@ from runtime.build import for_device
 from runtime.errors import BudgetError, ExpertFlowError, UsageError
 from runtime.facts import ModelFacts, describe
 from runtime.files import check_writable
+from runtime.host_memory import HostPlan
 from runtime.machine import MemorySum
 from runtime.model import read_tokenizer
 from runtime.profile import LOSSY, Profile
@@ -379,14 +380,14 @@ def prepare(settings: Settings) -> Setup:
     with tempfile.TemporaryDirectory() as scratch:
         runner = TrialRunner(Path(scratch) / "setup.log")
         process_bytes = _must(runner, bare_process, None)["resident_bytes"]
-        need = None if settings.gpu is None else host_need(facts, base)
+        host = None if settings.gpu is None else host_plan(facts, base)
         memory, free_bytes = _room(settings, facts, process_bytes)
         limit_bytes = min(settings.limits.max_memory_bytes or 1 << 62, free_bytes)
         num_slots_fit = memory.slots_that_fit(limit_bytes, base.scheduler.num_sequences)
         probe = _probe(runner, settings, facts, base)
         print(probe.describe())
         needs = memory.predict(num_slots_fit, base.scheduler.num_sequences)
-        _say(facts, needs, limit_bytes, need)
+        _say(facts, needs, limit_bytes, host)
         if not kept:
             setting = Setting(
                 memory.num_experts,
@@ -395,8 +396,8 @@ def prepare(settings: Settings) -> Setup:
                 machine.cpu_count(),
                 fewer_slots=_beside_more_sequences(memory, limit_bytes, num_slots_fit, settings.concurrency),
             )
-            kept = _pilot(runner, settings, base, texts, setting if need is None else _on_gpu(setting, need))
-    host_bytes = 0 if need is None else need.pinned_bytes + process_bytes
+            kept = _pilot(runner, settings, base, texts, setting if host is None else _on_gpu(setting, host))
+    host_bytes = 0 if host is None else host.pinned_bytes + host.pageable_bytes + process_bytes
     space = Space(Setting(**kept["setting"]), base, fixed=settings.fixed)
     sizes, default_s = Sizes(**kept["sizes"]), float(kept["default_s"])
     return Setup(
@@ -435,21 +436,19 @@ def _probe(runner: TrialRunner, settings: Settings, facts: ModelFacts, base: Pro
     return probe_with(runner, ProbeSpec(settings.model, settings.gpu.uuid, io_threads))
 
 
-def _say(facts: ModelFacts, needs: MemorySum, limit_bytes: int, need: HostNeed | None) -> None:
+def _say(facts: ModelFacts, needs: MemorySum, limit_bytes: int, host: HostPlan | None) -> None:
     """What fits, and what it takes."""
-    where = "" if need is None else " of GPU memory"
+    where = "" if host is None else " of GPU memory"
     print(f"model      {facts.identity.architecture}, {needs.num_slots} of {facts.num_experts_total} experts fit")
     print(f"needs      {needs.describe()} of {machine.format_bytes(limit_bytes)}{where}")
-    if need is not None:
-        rest = ", the other experts stay on disk" if need.has_disk_tier else ""
-        free = machine.format_bytes(machine.available_memory_bytes())
-        print(f"host       {machine.format_bytes(need.pinned_bytes)} pinned of {free} free{rest}")
+    if host is not None:
+        print(f"host       {host.describe()}")
     sys.stdout.flush()
 
 
-def _on_gpu(setting: Setting, need: HostNeed) -> Setting:
+def _on_gpu(setting: Setting, host: HostPlan) -> Setting:
     kernels = tuple(name for name in setting.decode_kernels if name != CPU_KERNEL)
-    return replace(setting, decode_kernels=kernels, on_gpu=True, has_disk_tier=need.has_disk_tier)
+    return replace(setting, decode_kernels=kernels, on_gpu=True, has_disk_tier=not host.holds_all)
 
 
 def _pilot(runner: TrialRunner, settings: Settings, base: Profile, texts: Texts, setting: Setting) -> dict[str, Any]:

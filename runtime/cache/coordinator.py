@@ -68,6 +68,7 @@ class Coordinator:
         self._lacked: tuple[int, npt.NDArray[np.bool_]] | None = None  # that layer, and what it lacked: [experts]
         self.needed_loads = needed_loads
         self.misses: Misses | None = None
+        self._held: Collection[int] = ()  # where they rest, to be computed there
 
     def begin(self, passing: Pass) -> None:
         """A forward pass starts: what the predictor knows of it already is prefetched before its first layer."""
@@ -120,6 +121,7 @@ class Coordinator:
         if self.residency.foresees:  # what the layer chose says which victims are best; else loads need not wait for it
             self._predict(layer, observation)
         plan = self._plan(layer, demand, tokens, num_tokens)
+        self._hold(plan.computed)
         self._act(plan)
         if not self.residency.foresees:
             self._predict(layer, observation)
@@ -149,6 +151,18 @@ class Coordinator:
         most = len(missing) - len(at_hand) + self.misses.split.num_copies(list(at_hand.values()))
         most = max(most, self.residency.num_free)
         return self.residency.plan(layer, demand, tokens, num_tokens, most_loads=most, at_hand=at_hand)
+
+    def _hold(self, experts: Collection[int]) -> None:
+        """Keep what will be computed where it rests; loads come before that."""
+        self._let_go()  # of a layer step that was broken off
+        if experts and self.misses is not None:
+            self.misses.hold(experts)
+            self._held = experts
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, ()
+        if held and self.misses is not None:
+            self.misses.release(held)
 
     def _copies_misses(self, num_tokens: int) -> bool:
         """Whether a pass of so many tokens loads whatever it misses: computing none where it rests."""
@@ -196,7 +210,7 @@ class Coordinator:
             num_needed=counts[Count.MISSES] - counts[Count.COMPUTED] + counts[Count.PREFETCH_ISSUED],
             num_wasted=counts[Count.PREFETCH_WASTED],
             num_loads=moved.num_loads,
-            busy_s=moved.busy_s,
+            busy_s=moved.busy_s + moved.disk_busy_s,
             stall_s=moved.stall_s,
             num_layer_steps=counts[Count.LAYER_STEPS],
         )
@@ -312,6 +326,7 @@ class Coordinator:
                 self._load_ahead(layer)
             if plan.computed:
                 yield plan.computed
+                self._let_go()
             while awaited:
                 arrived = self.transfer.wait_any(awaited)
                 self.residency.complete(arrived)
@@ -335,6 +350,7 @@ class Coordinator:
             while ready or awaited or deferred or computed:
                 if computed and not ready:
                     yield computed
+                    self._let_go()
                     computed = ()
                     continue
                 if not ready and not awaited:
@@ -385,6 +401,7 @@ class Coordinator:
         What has arrived since is given up, too: of a load that was never submitted nobody can tell.
         """
         self.residency.void_leases()
+        self._let_go()
         self.transfer.drain()
         with suppress(TransferError):  # the pass is lost already: no other one need hear of it
             self.transfer.submit(())

@@ -8,7 +8,7 @@ of the two ways end first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,8 +75,11 @@ class Misses(NamedTuple):
 
     Attributes:
         split: how many are copied.
-        is_at_hand: whether an expert can be computed where it rests now, until the layer step ends. Others are copied.
+        is_at_hand: whether an expert can be computed where it rests now. Others are copied.
+        hold: keep experts that are at hand there, whatever is loaded meanwhile. release: they have been computed.
     """
 
     split: MissSplit
     is_at_hand: Callable[[int], bool]
+    hold: Callable[[Collection[int]], None]
+    release: Callable[[Collection[int]], None]

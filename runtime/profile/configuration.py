@@ -179,5 +179,5 @@ class Tiers(Section):
 
     host_bytes: ByteCount | None = None
     """Host memory for experts of a model that computes on a GPU; the rest stays on disk. None: what is allowed."""
-    host_policy: Annotated[str, OneOf("policy", POLICIES)] = "lru"
+    host_policy: Annotated[str, OneOf("policy", POLICIES)] = "td_next_use"
     """Eviction policy of the host memory, where it does not hold all experts."""

@@ -15,6 +15,9 @@ class TransferStats:
 
     `busy_s` is the time in which at least one read was under way, `stall_s` the time that `wait_any` blocked its
     caller. `num_retries` counts reads that were tried again, `num_failed_loads` loads that failed for all that.
+
+    Where experts come through a further tier, the medium is the last one on their way, and what the disk brought into
+    the tier before it is counted as `num_disk_loads`, `num_disk_bytes` and `disk_busy_s`; else these are 0.
     """
 
     num_loads: int = 0
@@ -24,6 +27,9 @@ class TransferStats:
     stall_s: float = 0.0
     num_retries: int = 0
     num_failed_loads: int = 0
+    num_disk_loads: int = 0
+    num_disk_bytes: int = 0
+    disk_busy_s: float = 0.0
 
 
 class Transfer(ABC):

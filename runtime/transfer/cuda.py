@@ -213,6 +213,18 @@ class CudaTransfer(Transfer):
         return self._queue.is_filling(slot)
 
     @_alone
+    def find(self, expert: int) -> QueuedLoad | None:
+        """The last load of `expert`; once it `has_ended`, nothing reads the host's bytes for it any more."""
+        return self._queue.find(expert)
+
+    @_alone
+    def land(self, load: QueuedLoad) -> None:
+        """Block until a load has ended, well or not."""
+        if not load.has_ended:
+            self._enqueue_rest(load)
+            self._settle(load)
+
+    @_alone
     def wait_any(self, experts: Collection[int]) -> list[int]:
         """See `Transfer.wait_any`. Never blocks: where none has arrived, the compute stream will wait for the first.
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 
@@ -11,15 +14,32 @@ from runtime.cuda_driver import CudaDriver
 from runtime.errors import BudgetError
 from runtime.transfer.cuda import Lane
 from runtime.transfer.device_slots import DeviceSlots
-from runtime.transfer.host_slab import HostSlab
+from runtime.transfer.host_slab import Span
+from runtime.transfer.slots import SlotArena
 
 _HIGH, _LOW = -1, 0  # priorities of streams
+
+
+class HostSource(Protocol):
+    """Where copies read from: `HostSlab` (every expert), `HostRows` (some).
+
+    Attributes:
+        num_bytes: of one expert in its slot. arena: the mapping. pinned_bytes: of it, from its start, that are to be
+            pinned; the rest is copied through the driver's own memory.
+    """
+
+    num_bytes: int
+    arena: SlotArena
+    pinned_bytes: int
+
+    def spans(self, expert: int, start: int, num_bytes: int) -> Iterable[Span]:
+        """Where bytes `start` to `start + num_bytes` of an expert's slot lie in the mapping."""
 
 
 class CudaStreams:
     """See `runtime.transfer.cuda.Streams`. The compute stream is torch's current one at each call.
 
-    The slab is registered with the driver as it lies: torch's own pinned memory comes in powers of two.
+    The mapping is registered with the driver as it lies: torch's own pinned memory comes in powers of two.
 
     Args:
         num_streams: 1: demand and prefetch share one; 2: each has its own.
@@ -28,12 +48,12 @@ class CudaStreams:
         BudgetError: the driver does not pin that much memory.
     """
 
-    def __init__(self, slab: HostSlab, slots: DeviceSlots, num_streams: int = 2) -> None:
-        self.num_bytes = slab.num_bytes
-        self._slab, self._device = slab, slots.memory.device
+    def __init__(self, source: HostSource, slots: DeviceSlots, num_streams: int = 2) -> None:
+        self.num_bytes = source.num_bytes
+        self._source, self._device = source, slots.memory.device
         self._slot_bytes = slots.slot_bytes
         self._memory = slots.memory  # kept while copies go there
-        self._source_address, self._target_address = slab.arena.address(0), slots.memory.data_ptr()
+        self._source_address, self._target_address = source.arena.address(0), slots.memory.data_ptr()
         self._is_registered = False
         self._driver = CudaDriver(self._device)
         with torch.cuda.device(self._device):
@@ -53,9 +73,15 @@ class CudaStreams:
         self._stream(lane).wait_event(event)
 
     def copy(self, lane: Lane, expert: int, slot: int, start: int, num_bytes: int) -> None:
-        source = self._source_address + self._slab.start(expert) + start
-        target = self._target_address + slot * self._slot_bytes + start
-        self._driver.upload(target, source, num_bytes, self._handles[lane])
+        target, stream = self._target_address + slot * self._slot_bytes, self._handles[lane]
+        for number, span in enumerate(self._source.spans(expert, start, num_bytes)):
+            try:
+                self._driver.upload(target + span.target, self._source_address + span.source, span.num_bytes, stream)
+            except RuntimeError:
+                if number:  # what is refused must not be under way in part
+                    with contextlib.suppress(RuntimeError):
+                        self._streams[lane].synchronize()
+                raise
 
     def is_done(self, event: torch.cuda.Event) -> bool:
         return bool(event.query())
@@ -78,12 +104,35 @@ class CudaStreams:
         return self._driver.stream if lane is Lane.COMPUTE else self._streams[lane]
 
     def _register(self) -> None:
+        num_bytes = self._source.pinned_bytes
+        if not num_bytes:
+            return
         runtime = torch.cuda.cudart()
         try:
-            torch.cuda.check_error(runtime.cudaHostRegister(self._source_address, self._slab.total_bytes, 0))
+            torch.cuda.check_error(runtime.cudaHostRegister(self._source_address, num_bytes, 0))
         except RuntimeError as error:
             raise BudgetError(
-                f"{machine.format_bytes(self._slab.total_bytes)} of host memory for the experts cannot be pinned "
-                f"({str(error).partition(chr(10))[0]}); raise RLIMIT_MEMLOCK, free memory, or compute on the CPU"
+                f"{machine.format_bytes(num_bytes)} of host memory for the experts cannot be pinned "
+                f"({str(error).partition(chr(10))[0]}); set tiers.host_bytes to less, which leaves the rest of the "
+                "experts on disk, raise RLIMIT_MEMLOCK, free memory, or compute on the CPU"
             ) from error
         self._is_registered = True
+
+
+def pins_beyond(limit_bytes: int, device: torch.device) -> bool:
+    """Whether the driver pins more than RLIMIT_MEMLOCK allows: tried, where the limit is small enough to be tried."""
+    if limit_bytes > _MOST_TRIED_BYTES:
+        return False
+    mapping = SlotArena(limit_bytes // mmap.PAGESIZE + 2, mmap.PAGESIZE)
+    runtime, address = torch.cuda.cudart(), mapping.address(0)
+    try:
+        torch.cuda.check_error(runtime.cudaHostRegister(address, mapping.num_slots * mapping.slot_bytes, 0))
+    except RuntimeError:
+        with contextlib.suppress(RuntimeError):  # CUDA keeps the error for whatever launches a kernel next
+            torch.ones(1, device=device)
+        return False
+    runtime.cudaHostUnregister(address)
+    return True
+
+
+_MOST_TRIED_BYTES = 256 << 20

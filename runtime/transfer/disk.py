@@ -13,7 +13,7 @@ from runtime.errors import TransferError
 from runtime.transfer.base import Transfer, TransferStats
 from runtime.transfer.io_crew import HANG_S, BusyClock, IoCrew
 from runtime.transfer.layout import PAGE_BYTES, Conversion, Segment, Source
-from runtime.transfer.queue import LoadState
+from runtime.transfer.queue import LoadState, QueuedLoad
 from runtime.transfer.reader import FileReader, Read, Region, cut
 from runtime.transfer.slots import SlotArena
 from runtime.transfer.store import ExpertStore
@@ -148,6 +148,10 @@ class DiskTransfer(Transfer):
         """See `Transfer.is_filling`."""
         with self._crew.lock:
             return self._crew.queue.is_filling(slot)
+
+    def find(self, expert: int) -> QueuedLoad | None:
+        """The last load of `expert`, which tells what becomes of it."""
+        return self._crew.queue.find(expert)
 
     def wait_any(self, experts: Collection[int]) -> list[int]:
         """See `Transfer.wait_any`. Raises ValueError when none of `experts` is being loaded: it would wait for ever."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Self
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, Self
 
 import torch
 
-from runtime import machine
-from runtime.errors import BudgetError
+from runtime import numa
 from runtime.transfer.disk import DiskTransfer
 from runtime.transfer.layout import PAGE_BYTES, align
 from runtime.transfer.slots import SlotArena, TensorPlace
@@ -27,32 +26,28 @@ class HostSlab:
     Attributes:
         num_experts: of a layer, as the store counts them.
         num_bytes: of one expert, the gaps between its tensors included. slot_bytes: the same in whole pages.
-        arena: the mapping.
+        arena: the mapping. pinned_bytes: of it, from its start, that copies may have pinned.
+        is_placed: False where the kernel did not let its pages come from `node`.
 
     Args:
-        io_threads: that read. limit_bytes: of memory that it may take; None: what is free.
+        io_threads: that read. num_pinned: experts, from the first, whose memory can be pinned; None: all. node: of
+            NUMA, that the memory comes from; None: any.
 
     Raises:
-        BudgetError: more than that. TransferError: an expert cannot be read.
+        TransferError: an expert cannot be read.
     """
 
-    def __init__(self, store: ExpertStore, *, io_threads: int = 2, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self, store: ExpertStore, *, io_threads: int = 2, num_pinned: int | None = None, node: int | None = None
+    ) -> None:
         self.num_experts = store.num_experts
         self._views: dict[int, Mapping[str, torch.Tensor]] = {}
         self._rows = {expert: row for row, expert in enumerate(store.experts)}
-        self._places, self.num_bytes = _lay_out(store.tensors(store.experts[0]))
+        self._places, self.num_bytes = slot_layout(store)
         self.slot_bytes = align(self.num_bytes, PAGE_BYTES)
-        needed_bytes, free_bytes = len(self._rows) * self.slot_bytes, machine.available_memory_bytes()
-        if limit_bytes is not None and limit_bytes < free_bytes:
-            free_bytes, why = limit_bytes, "are allowed (tiers.host_bytes); raise it"
-        else:
-            why = "are free; free some"
-        if needed_bytes > free_bytes:
-            raise BudgetError(
-                f"the experts need {machine.format_bytes(needed_bytes)} of pinned host memory and "
-                f"{machine.format_bytes(free_bytes)} {why}, or compute on the CPU, which leaves them on disk"
-            )
+        self.pinned_bytes = (len(self._rows) if num_pinned is None else num_pinned) * self.slot_bytes
         self.arena = SlotArena(len(self._rows), self.slot_bytes)
+        self.is_placed = node is None or numa.prefer(self.arena.address(0), self.total_bytes, node)
         self._fill(store, io_threads)
 
     @classmethod
@@ -61,6 +56,7 @@ class HostSlab:
         slab = cls.__new__(cls)
         slab.num_experts, slab.num_bytes, slab.slot_bytes = num_experts, num_bytes, align(num_bytes, PAGE_BYTES)
         slab._rows, slab._places = {expert: expert for expert in range(num_experts)}, ()
+        slab.pinned_bytes, slab.is_placed = num_experts * slab.slot_bytes, True
         slab.arena = SlotArena(num_experts, slab.slot_bytes)
         torch.frombuffer(slab.arena.memory, dtype=torch.uint8).zero_()  # else every page is the kernel's page of zeros
         return slab
@@ -74,6 +70,10 @@ class HostSlab:
         """The byte of the mapping at which an expert starts."""
         return self._rows[expert] * self.slot_bytes
 
+    def spans(self, expert: int, start: int, num_bytes: int) -> tuple[Span, ...]:
+        """Where bytes `start` to `start + num_bytes` of an expert's slot lie."""
+        return (Span(self.start(expert) + start, start, num_bytes),)
+
     def tensors(self, expert: int) -> tuple[TensorPlace, ...]:
         """Places of an expert's tensors in its slot, in the order of the layer's parameters: the same for all."""
         return self._places
@@ -85,6 +85,12 @@ class HostSlab:
             row = self._rows[expert]
             known = self._views[expert] = {place.name: self.arena.view(row, place) for place in self._places}
         return known
+
+    def hold(self, experts: Collection[int]) -> None:
+        """Nothing ever goes."""
+
+    def release(self, experts: Collection[int]) -> None:
+        """See `hold`."""
 
     def _fill(self, store: ExpertStore, io_threads: int) -> None:
         staging = SlotArena(min(_STAGING_SLOTS, len(self._rows)), store.slot_bytes)
@@ -111,10 +117,25 @@ class HostSlab:
         return slot
 
 
-def _lay_out(tensors: Sequence[TensorPlace]) -> tuple[tuple[TensorPlace, ...], int]:
-    """The same tensors one after the other, aligned; and the bytes up to the end of the last."""
+def slab_slot_bytes(store: ExpertStore) -> int:
+    """Bytes that each expert takes in a slab."""
+    return align(slot_layout(store)[1], PAGE_BYTES)
+
+
+class Span(NamedTuple):
+    """Bytes of an expert that lie side by side in host memory and in its slot: `source` is in the mapping, `target` in
+    the slot."""
+
+    source: int
+    target: int
+    num_bytes: int
+
+
+def slot_layout(store: ExpertStore) -> tuple[tuple[TensorPlace, ...], int]:
+    """Places of an expert's tensors in a slot of a GPU, one after the other, aligned; and the bytes up to the end of
+    the last."""
     places, end = list[TensorPlace](), 0
-    for tensor in tensors:
+    for tensor in store.tensors(store.experts[0]):
         start = align(end, ALIGNMENT_BYTES)
         places.append(tensor._replace(slot_offset=start))
         end = start + torch.Size(tensor.shape).numel() * tensor.dtype.itemsize

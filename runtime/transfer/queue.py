@@ -85,6 +85,10 @@ class LoadQueue:
         """The last load of `expert`, whatever became of it."""
         return self._by_expert.get(expert)
 
+    def in_slot(self, slot: int) -> QueuedLoad | None:
+        """The last load of `slot`, whatever became of it."""
+        return self._by_slot.get(slot)
+
     def is_filling(self, slot: int) -> bool:
         """True while a load of `slot` may be writing into it."""
         load = self._by_slot.get(slot)

@@ -131,7 +131,8 @@ def _coordinator(split: MissSplit, far: set[int]) -> Coordinator:
     residency = Residency(LAYERS, EXPERTS, 2, 2, "lru")
     transfer = SimulatedTransfer(load_s=1.0)
     made = Coordinator(residency, transfer, NoPredictor(), governor=Governor(0), prefetch_count=1)
-    made.misses = Misses(split, lambda expert: expert not in far)
+    held: set[int] = set()
+    made.misses = Misses(split, lambda expert: expert not in far, held.update, held.difference_update)
     return made
 
 

@@ -32,7 +32,7 @@ from harness.measure.workload import HELDOUT
 from harness.search import gpu as gpu_module
 from harness.search import setup as prepared
 from harness.search.confirm import Confirmation
-from harness.search.gpu import Gpu, examine, host_need, probe_with
+from harness.search.gpu import Gpu, examine, host_plan, probe_with
 from harness.search.loop import GpuLostError
 from harness.search.objective import Objective
 from harness.search.outcome import Kind, Limits, Outcome
@@ -41,6 +41,7 @@ from harness.search.space import Params, Setting, Space, Value
 from harness.search.trial import TrialRunner, TrialSpec
 from runtime.errors import BudgetError, DeviceError, UsageError
 from runtime.facts import CUDA_BUFFER_BYTES
+from runtime.host_memory import HostMemory
 from runtime.model import meta_model
 from runtime.profile import Profile, load_profile
 
@@ -140,7 +141,8 @@ def _facts(expert_bytes: int = 1 << 20) -> Any:
         dense_bytes=1000,
         dtype=torch.bfloat16,
         config=config,
-        identity=SimpleNamespace(layers=2),
+        top_k=2,
+        identity=SimpleNamespace(layers=2, experts=8),
     )
 
 
@@ -153,13 +155,15 @@ def test_the_sum_of_a_gpu_has_its_context_and_buffers() -> None:
 
 
 def test_what_is_pinned_is_checked_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.machine.available_memory_bytes", lambda: 20 << 20)
-    need = host_need(_facts(), BASE)
-    assert 16 << 20 < need.pinned_bytes < 17 << 20 and not need.has_disk_tier
-    allowed = host_need(_facts(), BASE.with_overrides({"tiers.host_bytes": 4 << 20}))
-    assert allowed.pinned_bytes == 4 << 20 and allowed.has_disk_tier
-    with pytest.raises(BudgetError, match=r"33\.\d MB of pinned host memory and 21.0 MB are free"):
-        host_need(_facts(2 << 20), BASE)
+    monkeypatch.setattr("harness.search.gpu.host_memory", lambda: HostMemory(20 << 20, 20 << 20, None))
+    plan = host_plan(_facts(), BASE)
+    assert 16 << 20 < plan.pinned_bytes < 17 << 20 and plan.holds_all
+    allowed = host_plan(_facts(), BASE.with_overrides({"tiers.host_bytes": 5 << 20}))
+    assert allowed.pinned_bytes <= 5 << 20 and not allowed.holds_all
+    larger = host_plan(_facts(2 << 20), BASE)
+    assert larger.pinned_bytes <= 18 << 20 and not larger.holds_all and larger.disk_bytes > 0
+    with pytest.raises(BudgetError, match=r"tiers\.host_bytes"):
+        host_plan(_facts(), BASE.with_overrides({"tiers.host_bytes": 1 << 20}))
 
 
 def _rate(bytes_per_s: float, *, under_load: bool = False, memory: HostBuffer = HostBuffer.PINNED) -> CopySeries:
@@ -445,7 +449,7 @@ def test_all_of_it(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.Capture
     out = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr + done.stdout
     assert out[0] == "tuning for GPU 0: Fake GPU (cuda:0)" and "of GPU memory" in done.stdout
-    assert any(line.startswith("host       262 kB pinned of") for line in out)
+    assert any(line.startswith("host       262 kB of pinned host memory hold all experts") for line in out)
     profile = load_profile(tmp_path / "profiles" / "tiny.yaml")
     assert profile.match is not None and profile.match.device == "cuda:Fake GPU"
     assert profile.match.memory_total_bytes == 79 * GIB

@@ -1,15 +1,13 @@
-"""What is said of links, disks and the host's memory, and by which evidence."""
+"""What is said of links and disks, and by which evidence."""
 
 from __future__ import annotations
 
 import os
-import resource
 from pathlib import Path
 
 import pytest
 
-from harness.hardware import host, verdicts
-from harness.hardware.host import host_memory, near, numa_cpus
+from harness.hardware import verdicts
 from harness.hardware.verdicts import Link, Verdict, disk_links, judge_disk, judge_link
 
 GEN4, GEN3, GEN4_X8 = Link(4, 16), Link(3, 16), Link(4, 8)
@@ -69,58 +67,3 @@ def test_the_link_of_a_disk_is_that_of_the_device_above_it(tmp_path: Path, monke
     assert disk_links(tmp_path) == (Link(3, 4), Link(4, 4))
     (pci / "current_link_speed").write_text("Unknown\n")
     assert disk_links(tmp_path) is None
-
-
-GIB = 1 << 30
-
-
-@pytest.mark.parametrize(
-    ("limit", "may_lock", "memlock", "pinnable"),
-    [
-        (resource.RLIM_INFINITY, False, None, 22 * GIB),
-        (8 << 20, False, 8 << 20, 8 << 20),
-        (8 << 20, True, None, 22 * GIB),
-        (64 * GIB, False, 64 * GIB, 22 * GIB),
-    ],
-)
-def test_what_can_be_pinned_is_the_smaller_limit(
-    monkeypatch: pytest.MonkeyPatch, limit: int, may_lock: bool, memlock: int | None, pinnable: int
-) -> None:
-    monkeypatch.setattr("resource.getrlimit", lambda which: (limit, limit))
-    monkeypatch.setattr(host, "_may_lock", lambda: may_lock)
-    monkeypatch.setattr("runtime.machine.total_memory_bytes", lambda: 80 * GIB)
-    monkeypatch.setattr("runtime.machine.available_memory_bytes", lambda: 30 * GIB)
-    memory = host_memory()
-    assert (memory.memlock_bytes, memory.pinnable_bytes) == (memlock, pinnable)
-
-
-@pytest.mark.parametrize(("capabilities", "may_lock"), [("0000000000004000", True), ("00000000a80425fb", False)])
-def test_the_capability_lifts_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capabilities: str, may_lock: bool
-) -> None:
-    (tmp_path / "self").mkdir()
-    (tmp_path / "self/status").write_text(f"Name:\tx\nCapEff:\t{capabilities}\n")
-    monkeypatch.setattr("runtime.machine.PROC", tmp_path)
-    assert host._may_lock() is may_lock
-
-
-def test_memory_of_this_machine_is_consistent() -> None:
-    memory = host_memory()
-    assert 0 <= memory.pinnable_bytes < memory.available_bytes <= memory.total_bytes
-
-
-def test_near_a_node_means_on_its_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = os.sched_getaffinity(0)
-    one = min(before)
-    (tmp_path / "node1").mkdir()
-    (tmp_path / "node1" / "cpulist").write_text(f"{one},4090-4095\n")
-    (tmp_path / "node2").mkdir()
-    (tmp_path / "node2" / "cpulist").write_text("4090\n")
-    monkeypatch.setattr(host, "NODES", tmp_path)
-    assert numa_cpus(1) == {one, *range(4090, 4096)} and numa_cpus(7) == frozenset()
-    with near(1):
-        assert os.sched_getaffinity(0) == {one}
-    for unknown in (2, 7, None):
-        with near(unknown):
-            assert os.sched_getaffinity(0) == before
-    assert os.sched_getaffinity(0) == before

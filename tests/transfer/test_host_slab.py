@@ -8,7 +8,6 @@ import pytest
 import torch
 from expert_files import file_bytes_of, plain_store
 
-from runtime import machine
 from runtime.errors import BudgetError
 from runtime.transfer.device_slots import DeviceSlots
 from runtime.transfer.host_slab import HostSlab
@@ -24,14 +23,10 @@ def test_a_slab_holds_every_expert_as_its_file_does(tmp_path: Path) -> None:
     assert slab.total_bytes == 12 * slab.slot_bytes and slab.slot_bytes == 8192
 
 
-def test_more_than_the_memory_that_is_free_is_refused_before_it_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 60_000)
-    with pytest.raises(BudgetError, match=r"98\.3 kB of pinned host memory and 60\.0 kB are free"):
-        HostSlab(plain_store(tmp_path / "experts.bin", 12, 5000))
-    with pytest.raises(BudgetError, match=r"and 50\.0 kB are allowed \(tiers\.host_bytes\); raise it"):
-        HostSlab(plain_store(tmp_path / "experts.bin", 12, 5000), limit_bytes=50_000)
+def test_what_is_pinned_of_a_slab_is_whole_experts_from_the_first(tmp_path: Path) -> None:
+    slab = HostSlab(plain_store(tmp_path / "experts.bin", 12, 5000), num_pinned=5)
+    assert slab.pinned_bytes == 5 * slab.slot_bytes == slab.start(5)
+    assert slab.spans(6, 100, 50) == ((slab.start(6) + 100, 100, 50),)
 
 
 def test_slots_of_a_device_are_views_of_one_allocation() -> None:

@@ -8,17 +8,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from expert_files import GatedReads, plain_store
 from fake_streams import FakeStreams
+from tiers import RowStreams
 
 from runtime.transfer.base import Transfer, TransferStats
 from runtime.transfer.cuda import CudaTransfer
 from runtime.transfer.disk import DiskTransfer
+from runtime.transfer.host_rows import HostRows
 from runtime.transfer.simulated import SimulatedTransfer
 from runtime.transfer.slots import SlotArena
+from runtime.transfer.tiered import TieredTransfer
 from runtime.vocabulary import Load, LoadReason
 
 NUM_EXPERTS = 8
@@ -139,7 +143,38 @@ class CudaLink(Link):
         """The device runs while the host waits for it."""
 
 
-@pytest.fixture(params=["simulated", "cuda", "direct", "buffered"])
+class TieredLink(DiskLink):
+    """Its disk is what the test holds; the device runs as far as it can."""
+
+    def __init__(self, folder: Path) -> None:
+        store = replace(plain_store(folder / "experts.bin", NUM_EXPERTS, 8192), prefixes=("layer0", "layer1"))
+        self.reads = GatedReads(store, NUM_EXPERTS)
+        rows = HostRows(store, NUM_EXPERTS, num_pinned=NUM_EXPERTS, top_k=2, policy="lru")
+        self._disk = DiskTransfer(store, rows.arena, io_threads=1, piece_bytes=1 << 16, read=self.reads)
+        self._streams = RowStreams(rows, NUM_SLOTS)
+        self.transfer = TieredTransfer(rows, self._disk, CudaTransfer(self._streams, NUM_SLOTS), NUM_SLOTS)
+        self._num_ended = 0
+
+    def submit(self, *loads: Load) -> None:
+        self.transfer.submit(loads)
+        if any(load is not None and not load.has_ended for load in map(self._disk.find, range(NUM_EXPERTS))):
+            self.reads.await_reads(self._num_ended + 1)
+
+    def finish_one(self) -> None:
+        super().finish_one()
+        self._run()
+
+    def finish(self) -> list[int]:
+        order = super().finish()
+        self._run()
+        return order
+
+    def _run(self) -> None:
+        self._streams.run()
+        self.transfer.submit([])
+
+
+@pytest.fixture(params=["simulated", "cuda", "direct", "buffered", "tiered"])
 def link(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
     if request.param == "simulated":
         yield SimulatedLink()
@@ -147,7 +182,8 @@ def link(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Link]:
     if request.param == "cuda":
         yield CudaLink()
         return
-    link = DiskLink(tmp_path, None if request.param == "direct" else False)
+    tiered = request.param == "tiered"
+    link = TieredLink(tmp_path) if tiered else DiskLink(tmp_path, None if request.param == "direct" else False)
     yield link
     link.reads.open()
     link.transfer.close()
