@@ -70,13 +70,15 @@ def visits(top_k: int) -> Iterator[Visit]:
 
     lru = {"cache.policy": "lru", **NO_PREFETCH}
     yield residency("25")
-    yield Visit(ACCELERATE, ACCELERATE, "gpu_accelerate", most_blocks=3, has_prefill=False)
     yield residency("6.25")
     yield residency("100", warms_all=True)
+    yield Visit(ACCELERATE, ACCELERATE, "gpu_accelerate", most_blocks=3, has_prefill=False)
     yield residency("10")
     yield residency("50")
     yield Visit(ON_DEMAND, ON_DEMAND, "gpu_engine", {"cache.slots": top_k, **lru})
-    yield Visit(SYNCHRONOUS, SYNCHRONOUS, "gpu_synchronous", {"cache.slots": "25%", **lru})
+    # A prompt streams whole layers, which nobody does who waits for each copy.
+    waits = {"cache.slots": "25%", **lru}
+    yield Visit(SYNCHRONOUS, SYNCHRONOUS, "gpu_synchronous", waits, has_prefill=False)
     yield Visit("transformers", "transformers", "gpu_plain")
     yield Visit("25 %, LRU", "offloaded", "gpu_engine", {"cache.slots": "25%", **lru})
     yield Visit("25 %, prefetch", "offloaded", "gpu_engine", {"cache.slots": "25%", "prefetch.on_trial": False})
@@ -136,7 +138,6 @@ class GpuContest:
         self._stack, self._running = ExitStack(), dict[str, tuple[ExitStack, _Timed]]()
         self._samples = list[JsonDict]()
         self._demands = dict[int, list[list[int]]]()
-        self._resident_prefill: JsonDict | None = None
         self.systems: dict[str, JsonDict] = {}
         self.gpu: JsonDict = {}
         self.memory_rate: JsonDict = {}
@@ -201,13 +202,13 @@ class GpuContest:
             for block, request in enumerate(self._workload.requests[1:]):
                 answer = process.ask("demands", timeout_s=_CALL_S, **_ids(request))
                 self._demands[block] = answer["demands"]
-            found = {**opened, **self._peaks(process, None, has_prefill=True)}
-            self._resident_prefill = found.get("prefill")
+            found = opened
+            self._add_peaks(found, process, has_prefill=True)
             found["buffers"] = buffer_figures(
                 found["memory"], self._facts.model_bytes - self._facts.dense_bytes, self._known
             )
             self.memory_rate = process.ask("memory_rate", timeout_s=_CALL_S)
-            self._profile(RESIDENT, process)
+            self._profile(RESIDENT, process, found)
         except ContenderFailed as error:
             self._end(RESIDENT)
             found = {"error": str(error)}
@@ -245,10 +246,16 @@ class GpuContest:
         if not ours.samples:
             raise ContenderFailed(ours.failure or "nothing was measured", out_of_memory=not ours.fits)
         found = entry(ours, resident, opened, self._known)
-        if ours.failure is not None:  # what it measured before is kept, but it is asked for nothing more
+        why = ours.failure
+        if why is None:
+            try:
+                self._finish(visit, process, found)
+            except ContenderFailed as error:
+                why = str(error)
+        if why is not None:  # what it measured before is kept, but it is asked for nothing more
             self._end(visit.system)
-            return {**found, "cut_off" if self._is_over else "error": ours.failure}
-        return self._finished(visit, process, found)
+            found["cut_off" if self._is_over else "error"] = why
+        return found
 
     def _warm(self, visit: Visit, process: _Timed) -> tuple[Row, Row | None]:
         warming, num_tokens = self._workload.requests[0], len(self._workload.requests[0].output_ids)
@@ -281,27 +288,39 @@ class GpuContest:
             if not self._is_over:
                 self.systems[RESIDENT]["error"] = resident.failure
 
-    def _finished(self, visit: Visit, process: _Timed, found: JsonDict) -> JsonDict:
-        found |= self._peaks(process, self._resident_prefill, has_prefill=visit.has_prefill)
+    def _finish(self, visit: Visit, process: _Timed, found: JsonDict) -> None:
+        """Add what is measured after decoding, as far as it comes."""
+        self._add_peaks(found, process, has_prefill=visit.has_prefill)
         if "slots" in found:
             found["buffers"] = buffer_figures(found["memory"], found["slots_bytes"], self._known)
-        self._profile(visit.name, process)
+        self._profile(visit.name, process, found)
         process.ask("shut", timeout_s=_CALL_S)
-        return found
 
-    def _peaks(self, process: _Timed, resident: JsonDict | None, *, has_prefill: bool) -> JsonDict:
-        """Memory after decoding and, where the long prompt is prefilled, after that; and the figures of that."""
+    def _add_peaks(self, found: JsonDict, process: _Timed, *, has_prefill: bool) -> None:
+        """Memory after decoding and, where the long prompt is prefilled, after that; and the figures of that, beside
+        those of the resident model now."""
         memory = process.ask("memory", timeout_s=_CALL_S)
-        found: JsonDict = {"memory": {**memory, "decode_peak_gpu_bytes": memory["peak_gpu_bytes"]}}
-        if has_prefill and self._workload.long_prompt:
-            taken = process.ask("prefill", timeout_s=_CALL_S, prompt_ids=list(self._workload.long_prompt))
-            found["prefill"] = prefill_figures(taken, resident)
-            found["memory"] |= process.ask("memory", timeout_s=_CALL_S)
-        return found
+        found["memory"] = {**memory, "decode_peak_gpu_bytes": memory["peak_gpu_bytes"]}
+        if not has_prefill or not self._workload.long_prompt:
+            return
+        taken, resident = self._prefill(process), None
+        if (running := self._running.get(RESIDENT)) is not None and running[1] is not process:
+            resident = prefill_figures(self._prefill(running[1]), None)
+        found["prefill"] = prefill_figures(taken, resident)
+        found["memory"] |= process.ask("memory", timeout_s=_CALL_S)
 
-    def _profile(self, name: str, process: _Timed) -> None:
-        if name in self._profiled and self._on_profile is not None:
+    def _prefill(self, process: _Timed) -> JsonDict:
+        return process.ask("prefill", timeout_s=_CALL_S, prompt_ids=list(self._workload.long_prompt))
+
+    def _profile(self, name: str, process: _Timed, found: JsonDict) -> None:
+        """Where it was asked for; a profiler that does not run here costs nothing else."""
+        if name not in self._profiled or self._on_profile is None:
+            return
+        try:
             answer = process.ask("profile", timeout_s=_CALL_S, **_ids(self._workload.requests[1]))
+        except ContenderFailed as error:
+            found["profile_error"] = str(error)
+        else:
             self._on_profile(name, answer["text"])
 
 
