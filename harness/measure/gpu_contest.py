@@ -7,24 +7,22 @@ is said of the two is of the same minutes; then it prefills the long prompt. Wha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from harness.measure import process as processes
 from harness.measure.blocks import Asked, Row, run_blocks, warm_up
 from harness.measure.gpu_figures import (
-    ACCELERATE,
-    ON_DEMAND,
     RESIDENT,
-    SYNCHRONOUS,
     Known,
     buffer_figures,
     entry,
     prefill_figures,
     resident_entry,
 )
+from harness.measure.gpu_visits import Visit
 from harness.measure.process import ContenderFailed, Kind, Spec
 
 if TYPE_CHECKING:
@@ -36,52 +34,12 @@ JsonDict = dict[str, Any]
 Clock = Callable[[], float]
 Start = Callable[[str, Spec, float], AbstractContextManager[Asked]]
 
-NO_PREFETCH = {"prefetch.depth": 0, "predictor.kind": "none"}
 REQUEST_CAP_S = 8.0
 LEAST_S = 15.0  # with less time than that, no visit is begun
 _SHARE = 2.0  # of the time that is left, over an even one: most visits need less, and the last tell the least
 _DECODE_SHARE = 0.6  # of a visit's time
 _NO_TIME = "no time was left"
 _CALL_S = 120.0  # of anything but a load
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One configuration of a system. Those that name the same `system` share its process.
-
-    `warms_all`: every request is decoded once before any is timed, so that all that it needs is there.
-    """
-
-    name: str
-    system: str
-    kind: Kind
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    most_blocks: int = 100
-    has_prefill: bool = True
-    warms_all: bool = False
-
-
-def visits(top_k: int) -> Iterator[Visit]:
-    """In the order in which they are made: the most telling first."""
-
-    def residency(share: str, **more: Any) -> Visit:
-        overrides = {"cache.slots": f"{share}%", **NO_PREFETCH}
-        return Visit(f"{share} %", "offloaded", "gpu_engine", overrides, **more)
-
-    lru = {"cache.policy": "lru", **NO_PREFETCH}
-    yield residency("25")
-    yield residency("6.25")
-    yield residency("100", warms_all=True)
-    yield Visit(ACCELERATE, ACCELERATE, "gpu_accelerate", most_blocks=3, has_prefill=False)
-    yield residency("10")
-    yield residency("50")
-    yield Visit(ON_DEMAND, ON_DEMAND, "gpu_engine", {"cache.slots": top_k, **lru})
-    # A prompt streams whole layers, which nobody does who waits for each copy.
-    waits = {"cache.slots": "25%", **lru}
-    yield Visit(SYNCHRONOUS, SYNCHRONOUS, "gpu_synchronous", waits, has_prefill=False)
-    yield Visit("transformers", "transformers", "gpu_plain")
-    yield Visit("25 %, LRU", "offloaded", "gpu_engine", {"cache.slots": "25%", **lru})
-    yield Visit("25 %, prefetch", "offloaded", "gpu_engine", {"cache.slots": "25%", "prefetch.on_trial": False})
 
 
 class _Timed:

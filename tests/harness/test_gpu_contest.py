@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from harness.demo.widen import bundled_model
-from harness.measure.gpu_contest import GpuContest, visits
+from harness.measure.gpu_contest import GpuContest
 from harness.measure.gpu_runs import GpuWorkload
+from harness.measure.gpu_visits import visits
 from harness.measure.process import ContenderFailed, Spec
 from harness.measure.workload import TokenRequest
 from runtime.facts import describe
