@@ -3,7 +3,8 @@
 Tensors "on cuda:0" are of a class of their own around tensors of the host: what mixes them with the host's is refused,
 as a GPU does, and kernels run at once, after all that their stream was told to wait for. Copies by the driver run as
 late as the order of streams and events allows; device memory that nothing was written to is full of ones (NaN).
-Functions of the driver take their arguments by the prototypes of cuda.h, whatever the caller declares.
+Functions of the driver take their arguments by the prototypes of cuda.h, whatever the caller declares. There are no
+gradients.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class FakeCuda:
         self.pin_limit_bytes = 1 << 60
         self.registered: dict[int, int] = {}
         self.pinned: dict[int, int] = {}
-        self.allocated: dict[int, set[tuple[int, int]]] = {device: set() for device in range(num_devices)}
+        # Kept: like torch's allocator, which gives memory to nobody before its stream has come to that.
+        self.allocated: list[dict[tuple[int, int], Any]] = [{} for _ in range(num_devices)]
         self.allocated_bytes = 0
         self._lost = ""
         self._queues: dict[tuple[int, int], Queue] = {}
@@ -128,7 +130,7 @@ class FakeCuda:
     def use_runtime(self) -> None:
         """As every call of the CUDA runtime does."""
         if self._lost:
-            raise RuntimeError(self._lost)
+            raise torch.AcceleratorError(self._lost)
         if self.context is None:
             self._local.context = self.device
 
@@ -358,6 +360,7 @@ class Event:
         return float(end_event._at[1] - self._at[1])
 
 
+_VIEWS = ("alias", "detach", "view", "split", "select", "slice", "unsqueeze", "t")  # no kernel of theirs
 _MIXING = ("copy_", "_to_copy", "_local_scalar_dense")
 _SYNCING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2")
 
@@ -411,8 +414,9 @@ def _tensors(*values: Any) -> list[torch.Tensor]:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """A call that names a GPU or takes tensors of one, on the host's tensors inside."""
-    _cuda.use_runtime()
     name = getattr(func, "__name__", "").partition(".")[0]
+    if name not in _VIEWS:
+        _cuda.use_runtime()
     given = _tensors(args, kwargs)
     indices = {one.device.index for one in given if isinstance(one, CudaTensor)}
     on_host = [one for one in given if not isinstance(one, CudaTensor) and one.dim() and one.device.type == "cpu"]
@@ -445,7 +449,7 @@ def _wrapped(value: Any, index: int) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     storage = value.untyped_storage()
-    _cuda.allocated[index].add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+    _cuda.allocated[index][storage.data_ptr(), storage.data_ptr() + storage.nbytes()] = storage
     return CudaTensor(value, index)
 
 
@@ -549,3 +553,21 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
 
 
 _KINDS = ("allocated", "reserved")
+COMPILED = (
+    "_cuda_getDevice",
+    "_cuda_getCurrentRawStream",
+    "_cuda_getCurrentStream",
+    "_cuda_getDefaultStream",
+    "_cuda_memoryStats",
+)
+REPLACED = (
+    "is_available",
+    "device_count",
+    "_exchange_device",
+    "_maybe_exchange_device",
+    "cudart",
+    "synchronize",
+    "Stream",
+    "Event",
+    "stream",
+)
