@@ -425,8 +425,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"Expected all tensors to be on the same device, in {func}")
     to_host = target is not None and target.type == "cpu"
     index = _index(target) if target is not None and not to_host else next(iter(indices))
-    queue = _cuda.current(index)
-    _cuda.catch_up(queue)
+    if name not in _VIEWS and not name.startswith("empty"):
+        _cuda.catch_up(_cuda.current(index))
     is_waited_for = name == "copy_" and bool(on_host) and not (args[2:] or kwargs.get("non_blocking"))
     _cuda.num_syncs += to_host or name in _SYNCING or is_waited_for
     inside = {id(_inner(one)): one for one in given}

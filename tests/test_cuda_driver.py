@@ -290,6 +290,8 @@ def test_each_half_of_what_is_sent_is_on_one_stream(cuda: FakeCuda) -> None:
         stream = streams[number % 7 % 3]
         with torch.cuda.stream(stream):
             sent.append((stream, send(torch.full((200,), number))))
+            if number % 5 == 4:
+                assert sent[-1][1].tolist() == [number] * 200
     for number, (stream, there) in enumerate(sent):
         with torch.cuda.stream(stream):
             assert there.tolist() == [number] * 200
