@@ -54,27 +54,26 @@ class CudaDriver:
 
         Where the memory is not pinned the host waits until it has been read.
         """
-        self._run(f"{num_bytes} bytes could not be copied", self._upload, target, source, num_bytes, stream)
+        self._run("a copy to the GPU", self._upload, target, source, num_bytes, stream)
 
     def download(self, target: int, source: int, num_bytes: int) -> None:
         """Copy from the device to pinned host memory, in turn with what is enqueued on the current stream."""
-        what = f"{num_bytes} bytes could not be copied"
-        self._run(what, self._download, target, source, num_bytes, self._current_handle())
+        self._run("a copy from the GPU", self._download, target, source, num_bytes, self._current_handle())
 
     def wait(self) -> None:
         """Block until everything that is enqueued on the current stream has ended."""
-        self._run("what was enqueued has failed", self._synchronize, self._current_handle())
+        self._run("waiting for the GPU", self._synchronize, self._current_handle())
 
     def pin(self, address: int, num_bytes: int) -> None:
         """Lock pages of the host's memory, until `unpin`: both numbers are multiples of the page size.
 
         By the driver and not by torch, where a refusal is kept for whatever launches a kernel next.
         """
-        self._run(f"{num_bytes} bytes cannot be pinned", self._register, address, num_bytes, 0)
+        self._run("pinning memory", self._register, address, num_bytes, 0)
 
     def unpin(self, address: int) -> None:
         """Let go of the pages that were locked from `address` on."""
-        self._run("memory could not be given back", self._unregister, address)
+        self._run("unpinning memory", self._unregister, address)
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
         """Page-locked host memory, uint8 [num_bytes]."""
@@ -89,7 +88,7 @@ class CudaDriver:
             if error == _NO_CONTEXT_IS_CURRENT:  # and nothing was done
                 error = self._make_current() or call(*arguments)
         if error:
-            raise RuntimeError(f"CUDA error {error}{self._meaning(error)}: {what}")
+            raise RuntimeError(f"CUDA error {error}{self._meaning(error)} in {what}")
 
     def _context(self) -> contextlib.AbstractContextManager[object]:
         """The driver takes the thread's current device; with one GPU it can be no other."""

@@ -436,6 +436,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return found
     if name.startswith("empty"):
         _fill(found, index)
+    assert all(one.shape == _inner(one).shape for one in inside.values()), f"{func} gives a tensor another size"
     return tree_map(lambda one: inside[id(one)] if id(one) in inside else _wrapped(one, index), found)
 
 
@@ -493,7 +494,7 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
     assert not torch.backends.cuda.is_built(), "there is a real one"
     _cuda = cuda = FakeCuda(num_devices)
     patch, library, real = pytest.MonkeyPatch(), Library(cuda), ctypes.CDLL
-    empty = torch.empty
+    empty, arange = torch.empty, torch.arange
 
     def load_library(name: str | None, *args: Any, **kwargs: Any) -> Any:
         return library if name == "libcuda.so.1" else real(name, *args, **kwargs)
@@ -501,6 +502,12 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
     def empty_pinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         made = empty(*args, **kwargs)
         return _pinned(cuda, made.fill_(255)) if pin_memory else made
+
+    def arange_there(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Made in one step: torch's own resizes what it has made empty."""
+        is_there = device is not None and torch.device(device).type == "cuda"
+        made = arange(*args, device="cpu" if is_there else device, **kwargs)
+        return _wrapped(made, _index(device)) if is_there else made
 
     def statistics(index: int) -> dict[str, Any]:
         return {f"{kind}_bytes": {"all": dict.fromkeys(("current", "peak"), cuda.allocated_bytes)} for kind in _KINDS}
@@ -537,6 +544,7 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
     try:
         patch.setattr(ctypes, "CDLL", load_library)
         patch.setattr(torch, "empty", empty_pinned)
+        patch.setattr(torch, "arange", arange_there)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: _pinned(cuda, tensor.clone()))
         for name, value in below.items():
             patch.setattr(torch._C, name, value, raising=False)

@@ -303,7 +303,7 @@ def test_a_lost_gpu_ends_passes_with_errors_of_ours(checkpoint: Path, cuda: Fake
     read = CudaReader(CudaDriver(GPU))
     there = torch.ones(3, device=GPU)
     cuda.lose()
-    with pytest.raises(DeviceError, match=r"the GPU has failed \(CUDA error 700 \(error number 700\): what was enq"):
+    with pytest.raises(DeviceError, match=r"the GPU has failed \(CUDA error 700 \(error number 700\) in waiting for"):
         read([there])
     assert in_thread(engine.stats).num_loads > 0
     in_thread(engine.close)
