@@ -363,3 +363,21 @@ def test_torch_has_what_the_fake_replaces() -> None:
         assert f"def {name}(" in stubs
     for name in fake_cuda.REPLACED:
         assert hasattr(torch.cuda, name), name
+
+
+def test_slots_move_and_loads_are_replayed_on_the_device(checkpoint: Path, cuda: FakeCuda) -> None:
+    overrides = {"cache.slots": 9, "predictor.kind": "gate_lookahead", "prefetch.depth": 1}
+    with runtime.load(checkpoint, device=GPU, overrides=overrides, record_loads=True) as engine:
+        expected = logits_of(engine, cuda)
+        engine.shrink(5)
+        assert all(map(torch.equal, logits_of(engine, cuda), expected))
+        engine.grow(9)
+        assert engine.needed_loads and engine.replay_loads(engine.needed_loads[:20]) > 0
+        assert all(map(torch.equal, logits_of(engine, cuda), expected))
+        engine.check_integrity()
+        engine.start_trace(lookahead=1)
+        ids = torch.arange(12, device=GPU)[None]
+        with torch.inference_mode():
+            engine.model(ids)
+        trace = engine.trace()
+        assert trace.token_ids is not None and trace.token_ids.tolist() == list(range(12))
