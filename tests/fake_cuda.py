@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map
 
 from runtime import readback
@@ -494,7 +495,8 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
     assert not torch.backends.cuda.is_built(), "there is a real one"
     _cuda = cuda = FakeCuda(num_devices)
     patch, library, real = pytest.MonkeyPatch(), Library(cuda), ctypes.CDLL
-    empty, arange = torch.empty, torch.arange
+    empty, tensor = torch.empty, torch.tensor
+    _device_constructors()  # before they are replaced: it keeps what it finds
 
     def load_library(name: str | None, *args: Any, **kwargs: Any) -> Any:
         return library if name == "libcuda.so.1" else real(name, *args, **kwargs)
@@ -503,11 +505,19 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
         made = empty(*args, **kwargs)
         return _pinned(cuda, made.fill_(255)) if pin_memory else made
 
-    def arange_there(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        """Made in one step: torch's own resizes what it has made empty."""
-        is_there = device is not None and torch.device(device).type == "cuda"
-        made = arange(*args, device="cpu" if is_there else device, **kwargs)
-        return _wrapped(made, _index(device)) if is_there else made
+    def there(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Made in one step: torch's own go past the dispatcher, or resize what they have made empty."""
+
+        def made(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            if device is None or torch.device(device).type != "cuda":
+                return make(*args, device=device, **kwargs)
+            cuda.use_runtime()
+            here = make(*args, device="cpu", **kwargs)
+            cuda.num_syncs += make is tensor and here.numel() > 0
+            made: torch.Tensor = _wrapped(here, _index(device))
+            return made
+
+        return made
 
     def statistics(index: int) -> dict[str, Any]:
         return {f"{kind}_bytes": {"all": dict.fromkeys(("current", "peak"), cuda.allocated_bytes)} for kind in _KINDS}
@@ -524,6 +534,7 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
         "_cuda_getCurrentStream": lambda index: (cuda.current(index).handle, index, 1),
         "_cuda_getDefaultStream": lambda index: (0, index, 1),
         "_cuda_memoryStats": statistics,
+        "_cuda_emptyCache": lambda: None,
     }
     above: dict[str, Any] = {
         "_initialized": True,
@@ -544,7 +555,8 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
     try:
         patch.setattr(ctypes, "CDLL", load_library)
         patch.setattr(torch, "empty", empty_pinned)
-        patch.setattr(torch, "arange", arange_there)
+        patch.setattr(torch, "arange", there(torch.arange))
+        patch.setattr(torch, "tensor", there(tensor))
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: _pinned(cuda, tensor.clone()))
         for name, value in below.items():
             patch.setattr(torch._C, name, value, raising=False)
@@ -567,6 +579,7 @@ COMPILED = (
     "_cuda_getCurrentStream",
     "_cuda_getDefaultStream",
     "_cuda_memoryStats",
+    "_cuda_emptyCache",
 )
 REPLACED = (
     "is_available",

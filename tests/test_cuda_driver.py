@@ -20,7 +20,9 @@ from runtime.cuda_driver import CudaDriver
 from runtime.errors import DeviceError, ExpertFlowError, TransferError
 from runtime.probe import gpu_bandwidth
 from runtime.profile import Profile
+from runtime.prompts import PromptRequest
 from runtime.readback import CudaReader, CudaUploader, upload
+from runtime.serving import run_batch
 from runtime.transfer.cuda import CudaTransfer
 from runtime.transfer.cuda_streams import CudaStreams, pins_beyond
 from runtime.transfer.device_slots import DeviceSlots
@@ -347,12 +349,15 @@ def test_one_refusal_fails_one_pass(checkpoint: Path, cuda: FakeCuda, name: str)
         assert all(map(torch.equal, logits_of(engine, cuda), first))
 
 
-def test_a_gpu_without_nvidias_driver(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> None:
+def test_a_gpu_without_nvidias_driver(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_library(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr("ctypes.CDLL", no_library)
-    with pytest.raises(DeviceError, match=r"cuda:0: NVIDIA's driver cannot be called \(libcuda.so.1: cannot open"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DeviceError, match=r"cuda:0: NVIDIA's driver cannot be called \(libcuda.so.1: cannot open"),
+    ):
+        patch.setattr("ctypes.CDLL", no_library)
         CudaDriver(GPU)
 
 
@@ -381,3 +386,18 @@ def test_slots_move_and_loads_are_replayed_on_the_device(checkpoint: Path, cuda:
             engine.model(ids)
         trace = engine.trace()
         assert trace.token_ids is not None and trace.token_ids.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("more", [{}, SOME])
+def test_a_batch_is_served_as_on_the_cpu(checkpoint: Path, more: dict[str, Any]) -> None:
+    requests = [PromptRequest(str(number), tuple(range(3 + number, 9 + 2 * number)), 5) for number in range(3)]
+    overrides = {"cache.slots": 6, "compute.decode": "eager"}
+    with runtime.load(checkpoint, device="cpu", overrides=overrides) as engine:
+        expected = run_batch(engine, requests, max_kv_tokens=512).requests
+    with (
+        fake_cuda.installed() as cuda,
+        runtime.load(checkpoint, device=GPU, overrides={**overrides, **more}) as engine,
+    ):
+        found = run_batch(engine, requests, max_kv_tokens=512).requests
+        assert sum(cuda.registered.values()) > 0 and engine.stats().num_loads > 0
+    assert sorted((one.id, one.token_ids) for one in found) == sorted((one.id, one.token_ids) for one in expected)
