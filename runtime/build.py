@@ -288,7 +288,7 @@ def _gpu_tier(
     `number`; the others come from disk when they are needed.
 
     Raises:
-        BudgetError: the device has no room for the slots, or the driver does not pin the memory.
+        BudgetError: the device has no room for the slots.
         TransferError: an expert cannot be read.
     """
     share, io_threads, num_streams = host.shares[number], profile.transfer.io_threads, profile.transfer.streams
@@ -303,7 +303,9 @@ def _gpu_tier(
         notes.append(f"the kernel does not place memory on NUMA node {node}, which {device} is near: it may be farther")
     slots = DeviceSlots(num_slots, rows.slot_bytes, device)
     notes.append(f"{num_slots} slots on {device}, {machine.format_bytes(num_slots * slots.slot_bytes)}")
-    copies = CudaTransfer(CudaStreams(rows, slots, num_streams), num_slots, store.describe)
+    streams = CudaStreams(rows, slots, num_streams)
+    notes += streams.notes
+    copies = CudaTransfer(streams, num_slots, store.describe)
     weights = None if profile.miss == "copy" else rows
     if isinstance(rows, HostSlab):
         return _Tier(rows, slots, copies, notes, weights)

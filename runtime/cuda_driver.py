@@ -4,44 +4,76 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from typing import Any
 
 import torch
 
+from runtime.errors import DeviceError
+
+_NO_CONTEXT_IS_CURRENT = 201  # CUDA_ERROR_INVALID_CONTEXT
+
 
 class CudaDriver:
-    """Copies to and from one GPU. Every call but `wait` returns at once; all may raise RuntimeError."""
+    """Copies to and from one GPU. Every call but `pin` and `wait` returns at once; all may raise RuntimeError.
+
+    Any thread may call, also one that has not used CUDA so far.
+
+    Args:
+        device: with its index.
+
+    Raises:
+        DeviceError: this is no NVIDIA driver's GPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        library, self._device = ctypes.CDLL("libcuda.so.1"), device
-        self._upload, self._download = library.cuMemcpyHtoDAsync_v2, library.cuMemcpyDtoHAsync_v2
-        self._upload.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-        self._download.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
-        self._synchronize = library.cuStreamSynchronize
-        self._synchronize.argtypes = (ctypes.c_void_p,)
+        try:
+            library = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise DeviceError(f"{device}: NVIDIA's driver cannot be called ({error}); compute on the CPU") from error
+        self._library, self._device = library, device
+        self._upload = _call(library.cuMemcpyHtoDAsync_v2, _DEVICE_POINTER, _POINTER, ctypes.c_size_t, _POINTER)
+        self._download = _call(library.cuMemcpyDtoHAsync_v2, _POINTER, _DEVICE_POINTER, ctypes.c_size_t, _POINTER)
+        self._synchronize = _call(library.cuStreamSynchronize, _POINTER)
+        self._register = _call(library.cuMemHostRegister_v2, _POINTER, ctypes.c_size_t, ctypes.c_uint)
+        self._unregister = _call(library.cuMemHostUnregister, _POINTER)
         self._stream, self._handle = torch.cuda.default_stream(device), -1
         self._is_only = torch.cuda.device_count() == 1
 
     @property
     def stream(self) -> torch.cuda.Stream:
-        """The calling thread's current one. Asking torch for its handle is many times faster than for the stream."""
+        """The calling thread's current one; one thread at a time asks.
+
+        Asking torch for its handle is many times faster than for the stream.
+        """
         if (handle := self._current_handle()) != self._handle:
             self._stream, self._handle = torch.cuda.current_stream(self._device), handle
         return self._stream
 
     def upload(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        """Copy from pinned host memory to the device, in turn with what is enqueued on the stream of that handle."""
-        with self._context():
-            _check(self._upload(target, source, num_bytes, stream), num_bytes)
+        """Copy from host memory to the device, in turn with what is enqueued on the stream of that handle.
+
+        Where the memory is not pinned the host waits until it has been read.
+        """
+        self._run("a copy to the GPU", self._upload, target, source, num_bytes, stream)
 
     def download(self, target: int, source: int, num_bytes: int) -> None:
         """Copy from the device to pinned host memory, in turn with what is enqueued on the current stream."""
-        with self._context():
-            _check(self._download(target, source, num_bytes, self._current_handle()), num_bytes)
+        self._run("a copy from the GPU", self._download, target, source, num_bytes, self._current_handle())
 
     def wait(self) -> None:
         """Block until everything that is enqueued on the current stream has ended."""
-        with self._context():
-            _check(self._synchronize(self._current_handle()))
+        self._run("waiting for the GPU", self._synchronize, self._current_handle())
+
+    def pin(self, address: int, num_bytes: int) -> None:
+        """Lock pages of the host's memory, until `unpin`: both numbers are multiples of the page size.
+
+        By the driver and not by torch, where a refusal is kept for whatever launches a kernel next.
+        """
+        self._run("pinning memory", self._register, address, num_bytes, 0)
+
+    def unpin(self, address: int) -> None:
+        """Let go of the pages that were locked from `address` on."""
+        self._run("unpinning memory", self._unregister, address)
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
         """Page-locked host memory, uint8 [num_bytes]."""
@@ -50,16 +82,37 @@ class CudaDriver:
     def _current_handle(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self._device.index)
 
+    def _run(self, what: str, call: Any, *arguments: int) -> None:
+        with self._context():
+            error = call(*arguments)
+            if error == _NO_CONTEXT_IS_CURRENT:  # and nothing was done
+                error = self._make_current() or call(*arguments)
+        if error:
+            raise RuntimeError(f"CUDA error {error}{self._meaning(error)} in {what}")
+
     def _context(self) -> contextlib.AbstractContextManager[object]:
         """The driver takes the thread's current device; with one GPU it can be no other."""
         is_current = self._is_only or torch.cuda.current_device() == self._device.index
-        return _NO_CONTEXT if is_current else torch.cuda.device(self._device)
+        return _NOTHING if is_current else torch.cuda.device(self._device)
+
+    def _make_current(self) -> int:
+        """Give a thread that has not used CUDA so far the context that torch uses; the driver's error."""
+        device, context = ctypes.c_int(), _POINTER()
+        error: int = self._library.cuDeviceGet(ctypes.byref(device), self._device.index)
+        error = error or self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        return error or self._library.cuCtxSetCurrent(context)
+
+    def _meaning(self, error: int) -> str:
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorString(error, ctypes.byref(text))
+        return f" ({text.value.decode()})" if text.value else ""
 
 
-_NO_CONTEXT = contextlib.nullcontext()
+_NOTHING = contextlib.nullcontext()
+_POINTER = ctypes.c_void_p
+_DEVICE_POINTER = ctypes.c_uint64
 
 
-def _check(error: int, num_bytes: int = 0) -> None:
-    if error:
-        what = f"{num_bytes} bytes could not be copied" if num_bytes else "what was enqueued has failed"
-        raise RuntimeError(f"CUDA error {error}: {what}")
+def _call(function: Any, *types: Any) -> Any:
+    function.argtypes = types
+    return function

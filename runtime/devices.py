@@ -50,7 +50,10 @@ def numbered_gpu(number: int) -> torch.device:
         raise DeviceError(f"--gpu {number}: NVML says {error}; name it by torch's number (--device cuda:0)") from error
     seen = [_uuid(index) for index in range(count)]
     if uuid not in seen:
-        raise DeviceError(f"--gpu {number}: torch does not see the GPU {uuid}; check CUDA_VISIBLE_DEVICES")
+        raise DeviceError(
+            f"--gpu {number}: torch does not see the GPU {uuid}; check CUDA_VISIBLE_DEVICES, and name a part of a GPU "
+            "(MIG) by torch's number (--device cuda:0)"
+        )
     return torch.device("cuda", seen.index(uuid))
 
 

@@ -53,7 +53,7 @@ class UsageError(ExpertFlowError):
 def cli_main(run: Callable[[], int | None]) -> int:
     """Exit code of a command: `run`'s own (None is 0), 2 for a user's mistake (one line on stderr), 130 for Ctrl-C.
 
-    A GPU whose memory runs out is one that the user can act on, too.
+    A GPU whose memory runs out, or that has failed, is one that the user can act on, too.
     """
     try:
         return run() or 0
@@ -61,9 +61,10 @@ def cli_main(run: Callable[[], int | None]) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not to be imported for it
+        way_out = _WAYS_OUT.get(type(error).__name__)  # torch's errors, which is not to be imported for them
+        if way_out is None:
             raise
-        print(f"error: {one_line(str(error).partition('. ')[0])}; {_FEWER}", file=sys.stderr)
+        print(f"error: {one_line(str(error).partition(chr(10))[0].partition('. ')[0])}; {way_out}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -77,5 +78,8 @@ def one_line(error: BaseException | str) -> str:
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
 
 
-_FEWER = "take fewer expert slots (--set cache.slots=…), shorter prompts, or fewer of them at a time"
+_WAYS_OUT = {
+    "OutOfMemoryError": "take fewer expert slots (--set cache.slots=…), shorter prompts, or fewer of them at a time",
+    "AcceleratorError": "the GPU can do nothing more for this process: start it anew, and see `dmesg`",
+}
 _MOST_CHARACTERS = 2000

@@ -29,7 +29,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, _grouped_mm
 
 from runtime.gemv import Rows, gemv
-from runtime.readback import HostReader, Reader
+from runtime.readback import HostReader, Reader, upload
 
 if TYPE_CHECKING:
     from runtime.host_experts import HostExperts, HostLayer
@@ -145,9 +145,9 @@ class Kernel(ABC):
         places, rows = self._on_host.rows_of(arrivals)
         ends = np.cumsum([0, *map(len, places)]).tolist()
         flat = np.concatenate(places)
-        positions, tokens = _upload(np.stack([flat, flat // self.index.shape[-1]]), self.hidden.device)
+        positions, tokens = upload(np.stack([flat, flat // self.index.shape[-1]]), self.hidden.device)
         experts = [arrival.expert for arrival in arrivals]
-        self._accept(HostRows(experts, ends, positions, tokens, send(rows, self.hidden.device)))
+        self._accept(HostRows(experts, ends, positions, tokens, upload(rows, self.hidden.device)))
 
     @abstractmethod
     def _accept(self, computed: HostRows) -> None:
@@ -256,7 +256,7 @@ class EagerKernel(Kernel):
         by_rank = self._choice.T.reshape(-1)
         ranks, tokens = np.divmod(_ascending(by_rank), len(self._choice))
         experts, sizes = _count(by_rank)
-        token, rank = _upload(np.stack([tokens, ranks]), self.hidden.device)
+        token, rank = upload(np.stack([tokens, ranks]), self.hidden.device)
         hidden: Sequence[torch.Tensor | None] = [None] * len(sizes)
         if _may_gather_at_once(self.hidden, len(by_rank)):
             hidden = self.hidden[token].split(sizes)
@@ -363,7 +363,7 @@ class GroupedKernel(RowKernel):
         order, num_rows = self._sorted[1], np.zeros_like(self._flat)
         where, sizes = np.empty_like(order), _count(self._flat)[1]
         where[order], num_rows[: len(sizes)] = np.arange(order.size), sizes
-        return _upload(np.stack([order // self.index.shape[-1], where, num_rows]), self.hidden.device)
+        return upload(np.stack([order // self.index.shape[-1], where, num_rows]), self.hidden.device)
 
     @cached_property
     def _gathered(self) -> torch.Tensor:
@@ -488,16 +488,6 @@ def _count(experts: npt.NDArray[np.int64]) -> tuple[list[int], list[int]]:
     counts = np.bincount(experts)
     distinct = np.flatnonzero(counts)
     return distinct.tolist(), counts[distinct].tolist()
-
-
-def send(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`rows` of the host on the device; the host does not wait for the copy."""
-    return rows if device.type == "cpu" else rows.pin_memory().to(device, non_blocking=True)
-
-
-def _upload(places: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    """`places` on the device; the host does not wait for the copy."""
-    return send(torch.from_numpy(places), device)
 
 
 class GemvKernel(RowKernel):

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from runtime.cache.miss import MissRates
-from runtime.experts import HostArrival, send
+from runtime.experts import HostArrival
 from runtime.host_experts import FEW_ROWS, HostLayer
 from runtime.pool import Pool
+from runtime.readback import upload
 from runtime.transfer.base import Transfer
 from runtime.vocabulary import Load, LoadReason
 
@@ -58,7 +59,7 @@ def _computing(pool: Pool, layer: HostLayer, example: int, device: torch.device)
         weights = pool.host.weights(expert)
         assert weights is not None
         rows = layer.experts(hidden[:num_tokens], np.zeros((num_tokens, 1), np.int64))
-        send(rows.rows_of([HostArrival(0, weights)])[1], device)
+        upload(rows.rows_of([HostArrival(0, weights)])[1], device)
 
     return compute
 

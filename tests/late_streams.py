@@ -14,7 +14,7 @@ class LateStreams:
     """Copies run when the compute stream waits for them; a kernel that did not wait reads what was there before."""
 
     def __init__(self, source: HostSource, slots: DeviceSlots, num_streams: int) -> None:
-        self.num_bytes = source.num_bytes
+        self.num_bytes, self.notes = source.num_bytes, list[str]()
         self._spans, self._slots = source.spans, slots
         self._source = torch.frombuffer(source.arena.memory, dtype=torch.uint8)
         self._pending: list[tuple[int, tuple[Span, ...]]] = []

@@ -20,7 +20,7 @@ from tiny import LAYERS, TOP_K, save_tiny
 import runtime
 from harness.measure.runner import Decoder
 from runtime import build, passes
-from runtime.errors import UsageError
+from runtime.errors import DeviceError, UsageError
 from runtime.predictors import gate_lookahead
 from runtime.predictors.gate_lookahead import plain_top_k
 from runtime.readback import CudaReader, HostReader
@@ -88,7 +88,7 @@ def test_a_read_that_fails_leaves_nothing_under_way() -> None:
     driver = LateDriver()
     reader = CudaReader(driver)
     driver.is_lost = True
-    with pytest.raises(RuntimeError, match="CUDA error 700"):
+    with pytest.raises(DeviceError, match=r"the GPU has failed \(CUDA error 700\); start this process anew"):
         reader([torch.ones(3)])
     assert not driver.pending and driver.num_waits == 1
     driver.is_lost = False

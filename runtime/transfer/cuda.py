@@ -145,6 +145,7 @@ class CudaTransfer(Transfer):
         self._last_end: Event | None = None
         self._num_flights = self._bytes_under_way = 0
         self._stats, self._is_closed = TransferStats(), False
+        self._no_gate = ""  # why it could not be recorded last
         self._late_error = ""  # of a load that was said to be ready
         self._lock = threading.RLock()
         weakref.finalize(self, streams.close).atexit = False
@@ -173,7 +174,11 @@ class CudaTransfer(Transfer):
                 raise IndexError(f"slot {load.slot} of {self._num_slots}")
         self._queue.put(loads, lambda _: self._num_pieces)
         # Kernels that read what the slots held are enqueued by now. Later than needed for loads submitted before.
-        self._streams.record(self._gate, Lane.COMPUTE)
+        self._no_gate = ""
+        try:
+            self._streams.record(self._gate, Lane.COMPUTE)
+        except RuntimeError as error:
+            self._no_gate = str(error)
         self._is_gated = [False, False]
         self._pump()
 
@@ -275,9 +280,11 @@ class CudaTransfer(Transfer):
     def close(self) -> None:
         """See `Transfer.close`."""
         if not self._is_closed:
-            self.drain()
-            self._is_closed = True
-            self._streams.close()
+            try:
+                self.drain()
+            finally:
+                self._is_closed = True
+                self._streams.close()
 
     def _ready(self, experts: Collection[int]) -> list[int]:
         return self._queue.ready(experts, self._describe, self._awaited)
@@ -285,10 +292,14 @@ class CudaTransfer(Transfer):
     def _await(self, load: QueuedLoad) -> int:
         """Make the compute stream wait for a load whose copies are all enqueued."""
         flights = self._under_way[load]
-        flights[-1].wanted = wanted = self._event()
-        self._streams.record(wanted, Lane.COMPUTE)
-        for flight in flights:
-            self._streams.wait(flight.end, Lane.COMPUTE)
+        try:
+            wanted = self._event()
+            self._streams.record(wanted, Lane.COMPUTE)
+            flights[-1].wanted = wanted
+            for flight in flights:
+                self._streams.wait(flight.end, Lane.COMPUTE)
+        except RuntimeError as error:
+            raise TransferError(f"{self._describe(load.expert)} (number {load.expert}): {_line(error)}") from error
         self._awaited.add(load)
         return load.expert
 
@@ -307,8 +318,13 @@ class CudaTransfer(Transfer):
         self._harvest()
 
     def _synchronize(self, flight: _Flight) -> None:
-        with contextlib.suppress(RuntimeError):  # asking whether it is done says so again
+        try:
             self._streams.synchronize(flight.end)
+        except RuntimeError as error:
+            for flights in self._flights:
+                with contextlib.suppress(ValueError):
+                    flights.remove(flight)
+            self._land(flight, str(error))
 
     def _pump(self) -> None:
         """Enqueue all demand, and of the prefetches what there is room for."""
@@ -337,6 +353,8 @@ class CudaTransfer(Transfer):
         flight = _Flight(load, len(pieces), num_bytes, self._num_flights, begin, end)
         own = self._under_way.setdefault(load, [])
         try:
+            if self._no_gate:
+                raise RuntimeError(self._no_gate)
             if not self._is_gated[lane]:
                 streams.wait(self._gate, lane)
                 self._is_gated[lane] = True
@@ -370,11 +388,14 @@ class CudaTransfer(Transfer):
         self._bytes_under_way -= flight.num_bytes
         self._under_way[flight.load].remove(flight)
         if not error:
-            self._clock(flight)
+            try:
+                self._clock(flight)
+            except RuntimeError as lost:
+                error = str(lost)
         self._finish(flight.load, flight.num_pieces, error)
 
     def _finish(self, load: QueuedLoad, num_pieces: int, error: str) -> None:
-        if not self._queue.finish(load, error.partition("\n")[0], num_pieces):
+        if not self._queue.finish(load, _line(error), num_pieces):
             return
         self._stats.num_loads += load.state is LoadState.READY
         del self._under_way[load]
@@ -405,3 +426,8 @@ class CudaTransfer(Transfer):
 
     def _event(self) -> Event:
         return self._events.pop() if self._events else self._streams.new_event()
+
+
+def _line(error: RuntimeError | str) -> str:
+    """What torch says of an error first; advice on debugging follows."""
+    return str(error).partition("\n")[0]

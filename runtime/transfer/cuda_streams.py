@@ -11,7 +11,6 @@ import torch
 
 from runtime import machine
 from runtime.cuda_driver import CudaDriver
-from runtime.errors import BudgetError
 from runtime.transfer.cuda import Lane
 from runtime.transfer.device_slots import DeviceSlots
 from runtime.transfer.host_slab import Span
@@ -39,13 +38,15 @@ class HostSource(Protocol):
 class CudaStreams:
     """See `runtime.transfer.cuda.Streams`. The compute stream is torch's current one at each call.
 
-    The mapping is registered with the driver as it lies: torch's own pinned memory comes in powers of two.
+    The mapping is registered with the driver as it lies: torch's own pinned memory comes in powers of two. Where the
+    driver refuses, as for more than Windows gives to WSL2, the half is tried, and so on; what is left pageable is
+    copied more slowly, and the host waits for it.
 
     Args:
         num_streams: 1: demand and prefetch share one; 2: each has its own.
 
-    Raises:
-        BudgetError: the driver does not pin that much memory.
+    Attributes:
+        pinned_bytes: of the mapping, from its start. notes: what was refused.
     """
 
     def __init__(self, source: HostSource, slots: DeviceSlots, num_streams: int = 2) -> None:
@@ -54,13 +55,12 @@ class CudaStreams:
         self._slot_bytes = slots.slot_bytes
         self._memory = slots.memory  # kept while copies go there
         self._source_address, self._target_address = source.arena.address(0), slots.memory.data_ptr()
-        self._is_registered = False
         self._driver = CudaDriver(self._device)
         with torch.cuda.device(self._device):
             demand = torch.cuda.Stream(self._device, priority=_HIGH)
             prefetch = torch.cuda.Stream(self._device, priority=_LOW) if num_streams > 1 else demand
             self._streams = (demand, prefetch)
-            self._register()
+        self.pinned_bytes, self.notes = self._pin()
         self._handles = tuple(stream.cuda_stream for stream in self._streams)
 
     def new_event(self) -> torch.cuda.Event:
@@ -96,42 +96,41 @@ class CudaStreams:
         with contextlib.suppress(RuntimeError):  # a GPU that was lost
             for stream in self._streams:
                 stream.synchronize()
-        if self._is_registered:
-            self._is_registered = False
-            torch.cuda.cudart().cudaHostUnregister(self._source_address)
+        if self.pinned_bytes:
+            self.pinned_bytes = 0
+            with contextlib.suppress(RuntimeError):
+                self._driver.unpin(self._source_address)
 
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
         return self._driver.stream if lane is Lane.COMPUTE else self._streams[lane]
 
-    def _register(self) -> None:
-        num_bytes = self._source.pinned_bytes
-        if not num_bytes:
-            return
-        runtime = torch.cuda.cudart()
-        try:
-            torch.cuda.check_error(runtime.cudaHostRegister(self._source_address, num_bytes, 0))
-        except RuntimeError as error:
-            raise BudgetError(
-                f"{machine.format_bytes(num_bytes)} of host memory for the experts cannot be pinned "
-                f"({str(error).partition(chr(10))[0]}); set tiers.host_bytes to less, which leaves the rest of the "
-                "experts on disk, raise RLIMIT_MEMLOCK, free memory, or compute on the CPU"
-            ) from error
-        self._is_registered = True
+    def _pin(self) -> tuple[int, list[str]]:
+        wanted_bytes, row_bytes = self._source.pinned_bytes, self._source.arena.slot_bytes
+        num_bytes, notes = wanted_bytes, list[str]()
+        while num_bytes:
+            try:
+                self._driver.pin(self._source_address, num_bytes)
+                break
+            except RuntimeError as error:
+                num_bytes = num_bytes // row_bytes // 2 * row_bytes  # no copy reads of both kinds of memory
+                notes = [
+                    f"only {machine.format_bytes(num_bytes)} of {machine.format_bytes(wanted_bytes)} of host memory "
+                    f"could be pinned ({error}): experts in the rest are copied more slowly; free memory, or set "
+                    "tiers.host_bytes to less, which leaves the rest of the experts on disk"
+                ]
+        return num_bytes, notes
 
 
 def pins_beyond(limit_bytes: int, device: torch.device) -> bool:
     """Whether the driver pins more than RLIMIT_MEMLOCK allows: tried, where the limit is small enough to be tried."""
     if limit_bytes > _MOST_TRIED_BYTES:
         return False
-    mapping = SlotArena(limit_bytes // mmap.PAGESIZE + 2, mmap.PAGESIZE)
-    runtime, address = torch.cuda.cudart(), mapping.address(0)
+    mapping, driver = SlotArena(limit_bytes // mmap.PAGESIZE + 2, mmap.PAGESIZE), CudaDriver(device)
     try:
-        torch.cuda.check_error(runtime.cudaHostRegister(address, mapping.num_slots * mapping.slot_bytes, 0))
+        driver.pin(mapping.address(0), mapping.num_slots * mapping.slot_bytes)
     except RuntimeError:
-        with contextlib.suppress(RuntimeError):  # CUDA keeps the error for whatever launches a kernel next
-            torch.ones(1, device=device)
         return False
-    runtime.cudaHostUnregister(address)
+    driver.unpin(mapping.address(0))
     return True
 
 

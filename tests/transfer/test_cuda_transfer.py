@@ -6,7 +6,7 @@ import gc
 import random
 
 import pytest
-from fake_streams import FakeStreams
+from fake_streams import FakeEvent, FakeStreams
 
 from runtime.errors import TransferError
 from runtime.transfer.cuda import CudaTransfer, Lane
@@ -186,6 +186,42 @@ def test_a_lost_device_is_an_error_and_never_a_hang() -> None:
         transfer.wait_any([1])
     transfer.drain()
     transfer.close()
+
+
+class LostStreams(FakeStreams):
+    """A device that is lost, but says nothing of that when it is asked whether an event has happened."""
+
+    def record(self, event: FakeEvent, lane: Lane) -> None:
+        if self.is_lost:
+            raise RuntimeError("CUDA error: device lost\nand a second line")
+        super().record(event, lane)
+
+    def is_done(self, event: FakeEvent) -> bool:
+        return event.is_done
+
+    def elapsed_s(self, begin: FakeEvent, end: FakeEvent) -> float:
+        if self.is_lost:
+            raise RuntimeError("CUDA error: device lost\nand a second line")
+        return super().elapsed_s(begin, end)
+
+
+@pytest.mark.parametrize("num_steps", range(12))
+def test_a_device_that_is_lost_at_any_time_ends_all_loads(num_steps: int) -> None:
+    streams = LostStreams(NUM_EXPERTS, NUM_SLOTS, NUM_BYTES)
+    transfer = transfer_of(streams)
+    transfer.submit([demand(0, 0), prefetch(1, 1)])
+    for _ in range(num_steps):
+        streams.step()
+    streams.is_lost = True
+    transfer.submit([demand(2, 2), prefetch(3, 3)])  # the gate cannot be recorded: both have failed
+    with pytest.raises(TransferError, match=r"expert number 2 \(number 2\): CUDA error: device lost$"):
+        transfer.wait_any([2])
+    with pytest.raises(TransferError, match=r"device lost$"):
+        transfer.wait_any([0])
+    transfer.drain()
+    assert not any(map(transfer.is_filling, range(NUM_SLOTS))) and transfer.stats().num_failed_loads >= 3
+    transfer.close()
+    assert streams.is_closed
 
 
 @pytest.mark.parametrize("asks", ["submit", "wait_any"])
