@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
-import pynvml
 import torch
 
+from runtime import nvml
 from runtime.errors import DeviceError
 from runtime.profile import MachineFacts, Profile, machine_facts
 from runtime.vocabulary import Pass
@@ -44,10 +44,9 @@ def numbered_gpu(number: int) -> torch.device:
     if not count:
         raise DeviceError(f"--gpu {number}: {_no_gpu()}")
     try:
-        with _nvml():
-            uuid = str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(number)))
-    except pynvml.NVMLError as error:
-        raise DeviceError(f"--gpu {number}: NVML says {error}; name it by torch's number (--device cuda:0)") from error
+        uuid = nvml.uuid_of(number)
+    except DeviceError as error:
+        raise DeviceError(f"--gpu {number}: {error}; name it by torch's number (--device cuda:0)") from error
     seen = [_uuid(index) for index in range(count)]
     if uuid not in seen:
         raise DeviceError(f"--gpu {number}: torch does not see the GPU {uuid}; check CUDA_VISIBLE_DEVICES")
@@ -59,9 +58,8 @@ def gpu_number(device: torch.device) -> int | None:
     if not is_gpu(device):
         return None
     try:
-        with _nvml():
-            return int(pynvml.nvmlDeviceGetIndex(pynvml.nvmlDeviceGetHandleByUUID(_uuid(device))))
-    except pynvml.NVMLError:
+        return nvml.number_of(_uuid(device))
+    except DeviceError:
         return device.index
 
 
@@ -125,15 +123,6 @@ def _named(name: str) -> torch.device:
     if (device.index or 0) >= count:
         raise DeviceError(f"device {name!r}: torch sees {count} GPUs, numbered from 0")
     return torch.device("cuda", device.index or 0)
-
-
-@contextmanager
-def _nvml() -> Iterator[None]:
-    pynvml.nvmlInit()
-    try:
-        yield
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _uuid(device: torch.device | int) -> str:

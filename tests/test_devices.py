@@ -14,7 +14,7 @@ from tiny import save_tiny
 from transformers import CompileConfig, GenerationConfig, StaticCache
 
 import runtime
-from runtime import devices, generate
+from runtime import devices, generate, nvml
 from runtime.errors import DeviceError, cli_main
 from runtime.telemetry import EngineStats, engine_stats
 
@@ -75,6 +75,10 @@ def test_without_nvml_a_gpu_has_torchs_number(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(pynvml, "nvmlInit", absent)
     assert devices.gpu_number(torch.device("cuda", 1)) == 1
     with pytest.raises(DeviceError, match=r"--gpu 0: NVML says .*; name it by torch's number \(--device cuda:0\)"):
+        devices.numbered_gpu(0)
+    monkeypatch.setattr(nvml, "binding", lambda: None)
+    assert devices.gpu_number(torch.device("cuda", 1)) == 1
+    with pytest.raises(DeviceError, match=r"--gpu 0: .* \(pip install nvidia-ml-py\); name it by torch's"):
         devices.numbered_gpu(0)
 
 

@@ -306,7 +306,7 @@ def torch_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         def nvmlDeviceGetMemoryInfo(self, handle: int, version: int = 1) -> Any:
             return SimpleNamespace(total=80 * GIB, free=memory["free"], used=0, reserved=0)
 
-    monkeypatch.setattr(nvml, "_binding", lambda: Binding())
+    monkeypatch.setattr("runtime.nvml.binding", lambda: Binding())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: memory["reserved"])
@@ -329,7 +329,7 @@ def test_where_the_cpu_computes_the_host_is_asked() -> None:
 
 
 def test_what_cannot_be_told_is_not_counted(torch_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml, "_binding", lambda: FakeNvml(nvmlDeviceGetMemoryInfo=4))
+    monkeypatch.setattr("runtime.nvml.binding", lambda: FakeNvml(nvmlDeviceGetMemoryInfo=4))
     peak = GpuPeak("cuda:0")
     torch_gpu["peak"] = GIB
     peak.settle()
