@@ -14,7 +14,7 @@ help:
 	@echo "make bench     the tuned engine beside plain transformers and accelerate"
 	@echo "make bench-engine  decoding, prefill, batches and loading of the demo, as pytest-benchmark tests"
 	@echo "make bench-replay  how fast traces are replayed and requests are grouped"
-	@echo "make gpu-check  tests, exactness, bandwidth, a shape and a short tune on a GPU; JSON in OUT   (PY=python3 where all is installed)"
+	@echo "make gpu-check  exactness, a shape, bandwidth, a short tune and tests on a GPU; JSON in OUT   (PY=python3 where all is installed)"
 	@echo "make gpu-bench  systems on a GPU at the expert width SHAPE: olmoe-1b-7b, deepseek-v2-lite, qwen3-30b-a3b, or a size"
 	@echo "make lint      ruff and mypy"
 

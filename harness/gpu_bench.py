@@ -22,7 +22,8 @@ from runtime.files import write_atomic
 from runtime.machine import parse_bytes
 
 if TYPE_CHECKING:
-    from harness.measure.gpu_contest import GpuContest, Visit
+    from harness.measure.gpu_contest import GpuContest
+    from harness.measure.gpu_visits import Visit
     from runtime.facts import ModelFacts
 
 
@@ -171,7 +172,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _wanted(options: argparse.Namespace, top_k: int) -> list[Visit]:
     """All, or those that were named."""
-    from harness.measure.gpu_contest import visits
+    from harness.measure.gpu_visits import visits
 
     every = list(visits(top_k))
     known = ["resident", *(one.name for one in every)]

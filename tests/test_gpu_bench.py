@@ -15,7 +15,7 @@ import torch
 from late_streams import LateStreams
 
 from harness import gpu_bench
-from harness.measure import contenders, gpu_contest, gpu_runs, process
+from harness.measure import contenders, gpu_contest, gpu_runs, gpu_systems, process
 from harness.measure.process import ContenderFailed, Spec
 from harness.report.gpu import markdown
 from runtime import build, devices
@@ -132,7 +132,7 @@ def test_offloaded_systems_predict_what_the_resident_one_does(
         assert systems[name]["compared_tokens"] == 2 * 7
         assert systems[name]["equal_tokens"] == 14 or name == "transformers"  # through its own kernels
         assert len(systems[name]["blocks"]) == 2 and systems[name]["tpot_over_resident"]["num_pairs"] == 2
-    assert all(systems[name]["prefill"]["equals_resident"] for name in names[:-1])
+    assert all(systems[name]["prefill"]["equals_resident"] for name in names[:3]) and "prefill" not in systems[names[3]]
     quarter, everything, nothing_kept = (systems[name] for name in names[:3])
     assert 0.0 < quarter["hit_rate"] < 1.0 and nothing_kept["hit_rate"] < 0.2 and everything["hit_rate"] == 1.0
     assert 0 == everything["bytes_per_token"] < quarter["bytes_per_token"] < nothing_kept["bytes_per_token"]
@@ -158,9 +158,9 @@ def test_offloaded_systems_predict_what_the_resident_one_does(
 def test_what_fails_is_an_entry_and_the_rest_goes_on(
     processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = gpu_runs.Systems.gpu_engine
+    plain = gpu_systems.Systems.gpu_engine
 
-    def gpu_engine(self: gpu_runs.Systems, overrides: dict[str, Any]) -> Any:
+    def gpu_engine(self: gpu_systems.Systems, overrides: dict[str, Any]) -> Any:
         if overrides["cache.slots"] == "25%":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(self, overrides)
@@ -169,7 +169,7 @@ def test_what_fails_is_an_entry_and_the_rest_goes_on(
         if name == "accelerate":
             raise ContenderFailed("accelerate is not installed", out_of_memory=False)
 
-    monkeypatch.setattr(gpu_runs.Systems, "gpu_engine", gpu_engine)
+    monkeypatch.setattr(gpu_systems.Systems, "gpu_engine", gpu_engine)
     processes.fails = fails
     systems = bench(tmp_path, *only("25 %", "accelerate", "10 %"), code=1)["systems"]
     assert "CUDA out of memory" in systems["25 %"]["error"] and "not installed" in systems["accelerate"]["error"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness import gpu_bench, gpu_check, probe, tune
-from harness.gpu_check import GRACE_S, Step, check, run_step, steps
+from harness.gpu_check import BUDGET_S, GRACE_S, Step, check, run_steps, steps
 
 JUNIT = """<testsuites><testsuite errors="1" failures="1" skipped="2" tests="7">
 <testcase classname="tests.gpu.test_a" name="test_good"/>
@@ -24,10 +24,15 @@ def code(name: str, text: str, timeout_s: float = 20.0, **more: Any) -> Step:
     return Step(name, ("-c", text), timeout_s, **more)
 
 
+def run_step(step: Step, out: Path, **more: Any) -> dict[str, Any]:
+    (found,) = run_steps([step], out, **more)
+    return found
+
+
 def test_every_step_runs_and_the_end_says_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     junit = f"open({str(tmp_path / 'tests.xml')!r}, 'w').write({JUNIT!r}); raise SystemExit(1)"
     wanted = [
-        code("tests", junit),
+        code("test_gpu", junit, junit="tests.xml"),
         code("probe", "import sys; print('{}'); print('told', file=sys.stderr)", output="probe.json"),
         code("tune", "import sys; sys.exit('error: --gpu 0: not yet')"),
         code("hangs", "import time; time.sleep(60)", timeout_s=0.5),
@@ -42,7 +47,7 @@ def test_every_step_runs_and_the_end_says_how(tmp_path: Path, capsys: pytest.Cap
     assert probed["exit_code"] == 0 and tuned["why"] == "exit code 1: error: --gpu 0: not yet"
     assert hung["why"] == "not done within 0.5 s" and hung["seconds"] < 20
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "gpu-check: passed: probe; FAILED: tests, tune, hangs"
+    assert last == "gpu-check: passed: probe; FAILED: test_gpu, tune, hangs"
 
 
 def test_all_that_passed_is_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +64,7 @@ def test_a_step_that_hangs_takes_what_it_started_with_it(tmp_path: Path) -> None
     )
     found = run_step(code("hangs", text, timeout_s=3.0), tmp_path)
     assert found["status"] == "failed" and found["exit_code"] is None
-    child = int((tmp_path / "hangs.log").read_text())
+    child = int((tmp_path / "hangs.log").read_text().split()[0])
     for _ in range(100):
         state = Path(f"/proc/{child}/stat")
         if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
@@ -75,16 +80,54 @@ def test_a_missing_interpreter_is_a_failed_step(tmp_path: Path) -> None:
     assert found["status"] == "failed" and "No such file" in found["why"]
 
 
+def test_a_step_is_interrupted_so_that_it_writes_what_it_has(tmp_path: Path) -> None:
+    """Also one that finishes what is under way first, and so wants a second interrupt; both at the same time."""
+    once = "import time\ntry: time.sleep(60)\nfinally: print('written')"
+    twice = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: pass\n" + once.partition("\n")[2]
+    began = time.perf_counter()
+    found = list(run_steps([code("one", once, 1.0), code("two", twice, 1.0)], tmp_path))
+    assert [one["why"] for one in found] == ["not done within 1 s"] * 2
+    assert all("written" in (tmp_path / f"{name}.log").read_text() for name in ("one", "two"))
+    assert time.perf_counter() - began < 2 * GRACE_S + 3
+
+
+def test_steps_that_time_nothing_run_at_once(tmp_path: Path) -> None:
+    meet = "import sys, time, pathlib\n" \
+           "own, other = (pathlib.Path(name) for name in sys.argv[1:])\n" \
+           "own.touch()\n" \
+           "while not other.exists(): time.sleep(0.01)"  # fmt: skip
+    names = [str(tmp_path / name) for name in "ab"]
+    both = [Step(name, ("-c", meet, *files), 20.0, at_once=True) for name, files in (("x", names), ("y", names[::-1]))]
+    assert check([code("first", ""), *both], tmp_path)
+    assert json.loads((tmp_path / "check.json").read_text())["steps"][0]["name"] == "first"
+
+
+def test_without_time_steps_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = [code("one", ""), code("two", "", at_once=True)]
+    assert not check(wanted, tmp_path, budget_s=2 * GRACE_S + 5)
+    found = json.loads((tmp_path / "check.json").read_text())["steps"]
+    assert [one["status"] for one in found] == ["left out"] * 2
+    assert "two              left out: no time was left, 0 s" in capsys.readouterr().out
+    hangs = [code("hangs", "import time; time.sleep(60)", timeout_s=60.0)]
+    assert not check(hangs, tmp_path, budget_s=2 * GRACE_S + 11)
+    assert json.loads((tmp_path / "check.json").read_text())["steps"][0]["why"] == "not done within 11 s"
+
+
 def test_the_steps_fit_nine_minutes_and_are_commands_that_exist(tmp_path: Path) -> None:
     wanted = list(steps(tmp_path, 0))
-    assert sum(step.timeout_s + GRACE_S for step in wanted) < 9 * 60
+    figures = [step for step in wanted if step.junit is None]
+    assert sum(step.timeout_s + 2 * GRACE_S for step in figures) < BUDGET_S < 9 * 60
     parsers = {
         "harness.probe": probe._parser(),
         "harness.gpu_bench": gpu_bench._parser(),
         "harness.tune": tune._parser(),
     }
     parsed = [parsers[step.words[1]].parse_args(step.words[2:]) for step in wanted if step.words[1] in parsers]
-    assert len(parsed) == 3 and [one.name for one in wanted] == ["tests", "exactness", "probe", "bench", "tune"]
+    assert len(parsed) == 3 and [one.name for one in figures] == ["exactness", "bench", "probe", "tune"]
+    tests = [step for step in wanted if step.junit is not None]
+    files = {Path(word).name for step in tests for word in step.words if word.endswith(".py")}
+    assert files == {file.name for file in Path(__file__).parent.glob("gpu/test_*.py")} and len(files) == len(tests)
+    assert [step.name for step in tests if not step.at_once] == ["test_gpu_probe", "test_gpu_trials"]
 
 
 @pytest.mark.parametrize("more", [["--only", "everything"], ["--out", "/proc/nowhere"]])
@@ -95,8 +138,8 @@ def test_mistakes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_pytest_runs_without_its_plug_ins(tmp_path: Path) -> None:
     """As where pytest alone is installed: the options in pyproject.toml name a plug-in."""
-    (step,) = [one for one in steps(tmp_path, 0) if one.name == "tests"]
+    (step,) = [one for one in steps(tmp_path, 0) if one.name == "test_gpu_engine"]
     words = (*step.words, "-p", "no:benchmark", "--collect-only")
-    found = run_step(step._replace(words=words), tmp_path)
-    assert found["status"] == "passed", (tmp_path / "tests.log").read_text()
-    assert "test_gpu_engine.py" in (tmp_path / "tests.log").read_text()
+    found = run_step(step._replace(words=words, timeout_s=100.0), tmp_path)
+    assert found["status"] == "passed", (tmp_path / "test_gpu_engine.log").read_text()
+    assert "test_logits_equal" in (tmp_path / "test_gpu_engine.log").read_text()

@@ -7,24 +7,22 @@ is said of the two is of the same minutes; then it prefills the long prompt. Wha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from harness.measure import process as processes
 from harness.measure.blocks import Asked, Row, run_blocks, warm_up
 from harness.measure.gpu_figures import (
-    ACCELERATE,
-    ON_DEMAND,
     RESIDENT,
-    SYNCHRONOUS,
     Known,
     buffer_figures,
     entry,
     prefill_figures,
     resident_entry,
 )
+from harness.measure.gpu_visits import Visit
 from harness.measure.process import ContenderFailed, Kind, Spec
 
 if TYPE_CHECKING:
@@ -36,50 +34,12 @@ JsonDict = dict[str, Any]
 Clock = Callable[[], float]
 Start = Callable[[str, Spec, float], AbstractContextManager[Asked]]
 
-NO_PREFETCH = {"prefetch.depth": 0, "predictor.kind": "none"}
 REQUEST_CAP_S = 8.0
 LEAST_S = 15.0  # with less time than that, no visit is begun
 _SHARE = 2.0  # of the time that is left, over an even one: most visits need less, and the last tell the least
 _DECODE_SHARE = 0.6  # of a visit's time
 _NO_TIME = "no time was left"
 _CALL_S = 120.0  # of anything but a load
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One configuration of a system. Those that name the same `system` share its process.
-
-    `warms_all`: every request is decoded once before any is timed, so that all that it needs is there.
-    """
-
-    name: str
-    system: str
-    kind: Kind
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    most_blocks: int = 100
-    has_prefill: bool = True
-    warms_all: bool = False
-
-
-def visits(top_k: int) -> Iterator[Visit]:
-    """In the order in which they are made: the most telling first."""
-
-    def residency(share: str, **more: Any) -> Visit:
-        overrides = {"cache.slots": f"{share}%", **NO_PREFETCH}
-        return Visit(f"{share} %", "offloaded", "gpu_engine", overrides, **more)
-
-    lru = {"cache.policy": "lru", **NO_PREFETCH}
-    yield residency("25")
-    yield Visit(ACCELERATE, ACCELERATE, "gpu_accelerate", most_blocks=3, has_prefill=False)
-    yield residency("6.25")
-    yield residency("100", warms_all=True)
-    yield residency("10")
-    yield residency("50")
-    yield Visit(ON_DEMAND, ON_DEMAND, "gpu_engine", {"cache.slots": top_k, **lru})
-    yield Visit(SYNCHRONOUS, SYNCHRONOUS, "gpu_synchronous", {"cache.slots": "25%", **lru})
-    yield Visit("transformers", "transformers", "gpu_plain")
-    yield Visit("25 %, LRU", "offloaded", "gpu_engine", {"cache.slots": "25%", **lru})
-    yield Visit("25 %, prefetch", "offloaded", "gpu_engine", {"cache.slots": "25%", "prefetch.on_trial": False})
 
 
 class _Timed:
@@ -136,7 +96,6 @@ class GpuContest:
         self._stack, self._running = ExitStack(), dict[str, tuple[ExitStack, _Timed]]()
         self._samples = list[JsonDict]()
         self._demands = dict[int, list[list[int]]]()
-        self._resident_prefill: JsonDict | None = None
         self.systems: dict[str, JsonDict] = {}
         self.gpu: JsonDict = {}
         self.memory_rate: JsonDict = {}
@@ -201,13 +160,13 @@ class GpuContest:
             for block, request in enumerate(self._workload.requests[1:]):
                 answer = process.ask("demands", timeout_s=_CALL_S, **_ids(request))
                 self._demands[block] = answer["demands"]
-            found = {**opened, **self._peaks(process, None, has_prefill=True)}
-            self._resident_prefill = found.get("prefill")
+            found = opened
+            self._add_peaks(found, process, has_prefill=True)
             found["buffers"] = buffer_figures(
                 found["memory"], self._facts.model_bytes - self._facts.dense_bytes, self._known
             )
             self.memory_rate = process.ask("memory_rate", timeout_s=_CALL_S)
-            self._profile(RESIDENT, process)
+            self._profile(RESIDENT, process, found)
         except ContenderFailed as error:
             self._end(RESIDENT)
             found = {"error": str(error)}
@@ -245,10 +204,16 @@ class GpuContest:
         if not ours.samples:
             raise ContenderFailed(ours.failure or "nothing was measured", out_of_memory=not ours.fits)
         found = entry(ours, resident, opened, self._known)
-        if ours.failure is not None:  # what it measured before is kept, but it is asked for nothing more
+        why = ours.failure
+        if why is None:
+            try:
+                self._finish(visit, process, found)
+            except ContenderFailed as error:
+                why = str(error)
+        if why is not None:  # what it measured before is kept, but it is asked for nothing more
             self._end(visit.system)
-            return {**found, "cut_off" if self._is_over else "error": ours.failure}
-        return self._finished(visit, process, found)
+            found["cut_off" if self._is_over else "error"] = why
+        return found
 
     def _warm(self, visit: Visit, process: _Timed) -> tuple[Row, Row | None]:
         warming, num_tokens = self._workload.requests[0], len(self._workload.requests[0].output_ids)
@@ -281,27 +246,39 @@ class GpuContest:
             if not self._is_over:
                 self.systems[RESIDENT]["error"] = resident.failure
 
-    def _finished(self, visit: Visit, process: _Timed, found: JsonDict) -> JsonDict:
-        found |= self._peaks(process, self._resident_prefill, has_prefill=visit.has_prefill)
+    def _finish(self, visit: Visit, process: _Timed, found: JsonDict) -> None:
+        """Add what is measured after decoding, as far as it comes."""
+        self._add_peaks(found, process, has_prefill=visit.has_prefill)
         if "slots" in found:
             found["buffers"] = buffer_figures(found["memory"], found["slots_bytes"], self._known)
-        self._profile(visit.name, process)
+        self._profile(visit.name, process, found)
         process.ask("shut", timeout_s=_CALL_S)
-        return found
 
-    def _peaks(self, process: _Timed, resident: JsonDict | None, *, has_prefill: bool) -> JsonDict:
-        """Memory after decoding and, where the long prompt is prefilled, after that; and the figures of that."""
+    def _add_peaks(self, found: JsonDict, process: _Timed, *, has_prefill: bool) -> None:
+        """Memory after decoding and, where the long prompt is prefilled, after that; and the figures of that, beside
+        those of the resident model now."""
         memory = process.ask("memory", timeout_s=_CALL_S)
-        found: JsonDict = {"memory": {**memory, "decode_peak_gpu_bytes": memory["peak_gpu_bytes"]}}
-        if has_prefill and self._workload.long_prompt:
-            taken = process.ask("prefill", timeout_s=_CALL_S, prompt_ids=list(self._workload.long_prompt))
-            found["prefill"] = prefill_figures(taken, resident)
-            found["memory"] |= process.ask("memory", timeout_s=_CALL_S)
-        return found
+        found["memory"] = {**memory, "decode_peak_gpu_bytes": memory["peak_gpu_bytes"]}
+        if not has_prefill or not self._workload.long_prompt:
+            return
+        taken, resident = self._prefill(process), None
+        if (running := self._running.get(RESIDENT)) is not None and running[1] is not process:
+            resident = prefill_figures(self._prefill(running[1]), None)
+        found["prefill"] = prefill_figures(taken, resident)
+        found["memory"] |= process.ask("memory", timeout_s=_CALL_S)
 
-    def _profile(self, name: str, process: _Timed) -> None:
-        if name in self._profiled and self._on_profile is not None:
+    def _prefill(self, process: _Timed) -> JsonDict:
+        return process.ask("prefill", timeout_s=_CALL_S, prompt_ids=list(self._workload.long_prompt))
+
+    def _profile(self, name: str, process: _Timed, found: JsonDict) -> None:
+        """Where it was asked for; a profiler that does not run here costs nothing else."""
+        if name not in self._profiled or self._on_profile is None:
+            return
+        try:
             answer = process.ask("profile", timeout_s=_CALL_S, **_ids(self._workload.requests[1]))
+        except ContenderFailed as error:
+            found["profile_error"] = str(error)
+        else:
             self._on_profile(name, answer["text"])
 
 

@@ -20,7 +20,8 @@ JsonDict = dict[str, Any]
 RESIDENCIES = ("6.25 %", "10 %", "25 %", "50 %")
 SMALLEST, USUAL, ALL_RESIDENT = "6.25 %", "25 %", "100 %"
 RESIDENT, ACCELERATE, ON_DEMAND, SYNCHRONOUS = "resident", "accelerate", "on demand", "LRU, synchronous"
-MET, NOT_MET, NOT_TAKEN = "met", "not met", "not taken"
+MET, NOT_MET, NOT_TAKEN, WRONG = "met", "not met", "not taken", "WRONG"
+_TOO_FAST = "a prompt was faster than its loads alone: the measurement is wrong"
 _MOST_TPOT = 3.0
 
 
@@ -136,7 +137,8 @@ def _overhead(ours: Row, resident: Row, known: Known) -> JsonDict:
 
 
 def prefill_figures(taken: JsonDict, resident: JsonDict | None) -> JsonDict:
-    """Of the long prompt: how fast its bytes came over the link, and how fast they do without the computation."""
+    """Of the long prompt: how fast the bytes that it needed came over the link, and how fast they do without the
+    computation. What was loaded in vain counts for nothing."""
     repeats = taken["repeats"]
     seconds = [one["prefill_s"] for one in repeats]
     found = {**taken, "seconds": median(seconds)}
@@ -145,13 +147,13 @@ def prefill_figures(taken: JsonDict, resident: JsonDict | None) -> JsonDict:
     replayed = [one for one in repeats if one.get("replay_s") and one["needed_loads"]]
     if not replayed:
         return found
-    rates = [one["num_bytes"] / one["prefill_s"] for one in replayed]
-    link = [one["num_bytes"] / one["num_loads"] * one["needed_loads"] / one["replay_s"] for one in replayed]
-    shares = [rate / alone for rate, alone in zip(rates, link, strict=True)]
+    needed = [one["num_bytes"] / one["num_loads"] * one["needed_loads"] for one in replayed]
+    shares = summarize([one["replay_s"] / one["prefill_s"] for one in replayed])
     found |= {
-        "link_bytes_per_s": median(rates),
-        "h2d_bytes_per_s": median(link),
-        "share_of_h2d": summarize(shares).as_dict(),
+        "link_bytes_per_s": median([moved / one["prefill_s"] for moved, one in zip(needed, replayed, strict=True)]),
+        "h2d_bytes_per_s": median([moved / one["replay_s"] for moved, one in zip(needed, replayed, strict=True)]),
+        "share_of_h2d": shares.as_dict(),
+        "flag": _TOO_FAST if shares.min > 1 else None,
     }
     if resident is not None:
         attainable_s = max(resident["seconds"], median([one["replay_s"] for one in replayed]))
@@ -209,14 +211,14 @@ def _saved(systems: Mapping[str, JsonDict], name: str, experts_bytes: int) -> fl
 
 
 def goals(systems: Mapping[str, JsonDict], figures: JsonDict) -> list[JsonDict]:
-    """Every goal: whether it was met, by which value; `note` says what limits it."""
+    """Every goal: whether it was met, by which value; `note` says what limits it. `WRONG`: by one that cannot be."""
     over = figures["speed_up_over_accelerate"]
     ratio = None if over is None else over["estimate"]
     found = [_goal("tokens/s over accelerate's CPU offload at 25 %", ">=", 10.0, ratio)]
     for name in RESIDENCIES:
         steps = systems.get(name, {}).get("ladder")
-        fraction = None if steps is None else steps["fraction"]["estimate"]
-        found.append(_goal(f"fraction of attainable at {name}", ">=", 0.8, fraction))
+        fraction, flag = (None, None) if steps is None else (steps["fraction"]["estimate"], steps["flag"])
+        found.append(_goal(f"fraction of attainable at {name}", ">=", 0.8, fraction, flag=flag))
     spent = systems.get(ALL_RESIDENT, {}).get("host_us_per_layer_step")
     found.append(_goal("host us per layer step, all resident", "<=", 150.0, None if spent is None else spent["median"]))
     for name in RESIDENCIES:
@@ -236,9 +238,14 @@ def goals(systems: Mapping[str, JsonDict], figures: JsonDict) -> list[JsonDict]:
     return found
 
 
-def _goal(name: str, relation: str, wanted: float, value: float | None, note: str = "") -> JsonDict:
+def _goal(
+    name: str, relation: str, wanted: float, value: float | None, note: str = "", *, flag: str | None = None
+) -> JsonDict:
+    """`flag`: why the value is not to be believed; None: nothing says so."""
     if value is None:
         status = NOT_TAKEN
+    elif flag is not None:
+        status, note = WRONG, "; ".join(filter(None, (flag, note)))
     else:
         status = MET if (value >= wanted if relation == ">=" else value <= wanted) else NOT_MET
     return {"goal": name, "wanted": f"{relation} {wanted:g}", "value": value, "status": status, "note": note}
@@ -251,7 +258,7 @@ def _prefill_goal(name: str, prefill: JsonDict) -> JsonDict:
         computed = prefill["resident_seconds"] / prefill["seconds"]
         note = f"computing alone takes {computed:.0%} of it; {prefill['fraction_of_attainable']:.2f} of attainable"
     value = None if share is None else share["median"]
-    return _goal(f"prefill at {name}, share of the H2D bandwidth", ">=", 0.9, value, note)
+    return _goal(f"prefill at {name}, share of the H2D bandwidth", ">=", 0.9, value, note, flag=prefill.get("flag"))
 
 
 def _tpot_goal(system: JsonDict) -> JsonDict:

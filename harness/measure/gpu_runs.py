@@ -9,9 +9,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +19,14 @@ import numpy.typing as npt
 import torch
 
 from harness.measure.contenders import Contender, EngineContender
+from harness.measure.gpu_systems import Systems
 from harness.measure.runner import Decoder, replay
 from harness.measure.workload import TokenRequest, cut, load_workload, passages
 from runtime import machine
 from runtime.model import read_tokenizer
-from runtime.vocabulary import Load
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
-    from runtime.transfer.base import Transfer
 
 JsonDict = dict[str, Any]
 
@@ -62,70 +60,6 @@ class GpuWorkload:
         text = "\n".join(passage.text for passage in passages(workload, "search"))
         ids = tokenizer(text[: 16 * long_tokens], add_special_tokens=False, verbose=False)["input_ids"]
         return cls(requests, tuple(ids[:long_tokens]))
-
-
-@dataclass(frozen=True)
-class Systems:
-    """Makes the systems that are compared, each from the checkpoint: a model, and its engine if it is one of ours."""
-
-    checkpoint: str
-    device: torch.device
-
-    def make(self, kind: str, overrides: Mapping[str, Any]) -> tuple[Any, Engine | None]:
-        """One of the kinds below."""
-        made: tuple[Any, Engine | None] = getattr(self, kind)(overrides)
-        return made
-
-    def gpu_reference(self, overrides: Mapping[str, Any]) -> tuple[Any, Engine]:
-        """The whole model on the GPU through our kernels: what ours must equal to the bit."""
-        import runtime
-
-        engine = runtime.load_reference(self.checkpoint, device=self.device, overrides=overrides)
-        return engine.model, engine
-
-    def gpu_engine(self, overrides: Mapping[str, Any]) -> tuple[Any, Engine]:
-        """Our engine."""
-        import runtime
-
-        engine = runtime.load(self.checkpoint, device=self.device, overrides=overrides, record_loads=True)
-        return engine.model, engine
-
-    def gpu_synchronous(self, overrides: Mapping[str, Any]) -> tuple[Any, Engine]:
-        """Our engine as others copy: one expert after the other, each waited for by the host before it computes."""
-        model, engine = self.gpu_engine(overrides)
-        for pool in engine._pools:
-            copy_synchronously(pool.coordinator.transfer)
-        return model, engine
-
-    def gpu_plain(self, overrides: Mapping[str, Any]) -> tuple[Any, None]:
-        """The whole model on the GPU as transformers runs it."""
-        return self._plain.to(self.device), None
-
-    def gpu_accelerate(self, overrides: Mapping[str, Any]) -> tuple[Any, None]:
-        """Accelerate's CPU offload: every weight in host memory, copied before its module runs. Needs accelerate."""
-        from accelerate.big_modeling import cpu_offload
-
-        return _OnDevice(cpu_offload(self._plain, self.device), self.device), None
-
-    @property
-    def _plain(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype="auto").eval()
-
-
-def copy_synchronously(transfer: Transfer) -> None:
-    """From now on every load has ended when `submit` returns."""
-    submit = transfer.submit
-
-    @wraps(submit)
-    def submit_and_wait(loads: Sequence[Load]) -> None:
-        for load in loads:
-            submit([load])
-            transfer.wait_any([load.expert])
-            transfer.drain()
-
-    transfer.submit = submit_and_wait  # type: ignore[method-assign]
 
 
 class GpuContender:
@@ -309,19 +243,3 @@ def build(kind: str, checkpoint: str, device: str) -> GpuContender:
 
     machine.return_freed_memory()
     return GpuContender(kind, Systems(checkpoint, find_device(device, Profile.default())))
-
-
-class _OnDevice:
-    """A model whose weights say that they are nowhere, with the device that it computes on."""
-
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.device = device
-        self._model = model
-
-    @cached_property
-    def forward(self) -> Callable[..., Any]:
-        forward: Callable[..., Any] = self._model.forward
-        return forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model(*args, **kwargs)

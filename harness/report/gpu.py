@@ -29,6 +29,7 @@ def system_line(name: str, found: JsonDict) -> str:
         parts.append(f"{_ratio(found['ladder']['fraction'])} of attainable")
     if found.get("prefill"):
         parts.append(f"prefill {1e3 * found['prefill']['seconds']:.0f} ms")
+    parts += [f"WRONG: {flag}" for part in ("ladder", "prefill") if (flag := (found.get(part) or {}).get("flag"))]
     if "memory" in found:
         parts.append(f"{format_bytes(found['memory']['peak_gpu_bytes'])} of GPU memory")
     if "cut_off" in found:

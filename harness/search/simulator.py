@@ -11,9 +11,10 @@ configuration does not depend on is kept: passes by scheduler, forecasts by pred
 A GPU is simulated like a CPU: loads are copies at the probed rate, an expert is computed in the time that the probe
 found until the host has seen it done, and what a layer takes beside its experts is a guess that the fit corrects. Left
 out is that the host only enqueues and may run ahead of the device (the slower of the two then sets the pace; here their
-times are one); that demand and prefetch may be copied on two streams at once (`transfer.streams` changes nothing here);
-and that the CPU may compute misses (`miss` and what acts with it change nothing here: a miss is copied). Trials decide
-those.
+times are one); that prompts stream whole layers, so that their loads begin earlier (the fit shifts what a prompt takes,
+and the guide what it holds against limits); that demand and prefetch may be copied on two streams at once
+(`transfer.streams` changes nothing here); and that the CPU may compute misses (`miss` and what acts with it change
+nothing here: a miss is copied). Trials decide those.
 """
 
 from __future__ import annotations

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from harness.demo.widen import bundled_model
-from harness.measure.gpu_contest import GpuContest, visits
+from harness.measure.gpu_contest import GpuContest
 from harness.measure.gpu_runs import GpuWorkload
+from harness.measure.gpu_visits import visits
 from harness.measure.process import ContenderFailed, Spec
 from harness.measure.workload import TokenRequest
 from runtime.facts import describe
@@ -86,7 +87,7 @@ class House:
             self.running.remove(name)
 
 
-def run(budget_s: float) -> tuple[GpuContest, House]:
+def run(budget_s: float, profiled: Sequence[str] = ()) -> tuple[GpuContest, House]:
     house = House()
     contest = GpuContest(
         "model",
@@ -95,6 +96,8 @@ def run(budget_s: float) -> tuple[GpuContest, House]:
         WORKLOAD,
         end_s=budget_s,
         on_entry=lambda name: None,
+        on_profile=lambda name, text: None,
+        profiled=profiled,
         start=house.start,
         clock=lambda: house.now_s,
     )
@@ -124,14 +127,56 @@ def test_with_less_time_the_most_telling_come_first(budget_s: float) -> None:
     assert "error" not in contest.systems["25 %"] and len(contest.systems["25 %"]["blocks"]) >= 2
 
 
-def test_a_visit_that_is_cut_off_is_left_out_and_nobody_has_failed() -> None:
-    contest, house = run(60.0)
-    (shortened,) = [one for one in contest.systems.values() if "cut_off" in one]
-    assert shortened is contest.systems["accelerate"] and len(shortened["blocks"]) == 1
-    assert house.now_s <= 60.0 and not any("error" in one for one in contest.systems.values())
-    contest, house = run(46.0)
-    assert house.now_s <= 46.0 and list(contest.systems) == ["resident", "25 %"]
-    assert contest.left_out[0] == "accelerate" and not any("error" in one for one in contest.systems.values())
+def test_what_is_cut_off_keeps_what_was_measured_and_nobody_has_failed() -> None:
+    cut = set[str]()
+    for budget_s in range(20, 120, 2):
+        contest, house = run(float(budget_s))
+        assert house.now_s <= budget_s + START_S and not house.running
+        assert not any("error" in one for name, one in contest.systems.items() if name != "resident")
+        for name, one in contest.systems.items():
+            if "cut_off" in one:
+                cut.add(name)
+                assert one["tokens_per_s"]["count"] == len(one["blocks"]) >= 1
+    assert cut & {"25 %", "accelerate"}
+
+
+def test_decode_figures_outlive_a_prefill_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill = Made._prefill
+
+    def _prefill(self: Made, prompt_ids: list[int]) -> tuple[dict[str, Any], float]:
+        if self._kind == "gpu_engine":
+            raise ContenderFailed("CUDA out of memory", out_of_memory=True)
+        return prefill(self, prompt_ids)
+
+    monkeypatch.setattr(Made, "_prefill", _prefill)
+    contest, _ = run(510.0)
+    quarter = contest.systems["25 %"]
+    assert quarter["error"] == "CUDA out of memory" and len(quarter["blocks"]) == 6 and "memory" in quarter
+    assert "error" not in contest.systems["accelerate"] and not contest.left_out
+
+
+def test_a_profiler_that_does_not_run_costs_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _profile(self: Made, **_: Any) -> tuple[dict[str, Any], float]:
+        raise ContenderFailed("CUPTI is not there", out_of_memory=False)
+
+    monkeypatch.setattr(Made, "_profile", _profile, raising=False)
+    contest, _ = run(510.0, profiled=("resident", "100 %"))
+    assert (
+        contest.systems["resident"]["profile_error"]
+        == "CUPTI is not there"
+        == (contest.systems["100 %"]["profile_error"])
+    )
+    assert all("ladder" in contest.systems[name] for name in ("25 %", "100 %")) and not contest.left_out
+
+
+def test_a_prefill_is_held_against_the_resident_models_of_the_same_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _prefill(self: Made, prompt_ids: list[int]) -> tuple[dict[str, Any], float]:
+        repeat = {"prefill_s": 0.1 + self._house.now_s, "num_loads": 2, "num_bytes": 8, "needed_loads": 2}
+        return {"repeats": [{**repeat, "replay_s": 0.1}], "logits_sha256": "a"}, 0.5
+
+    monkeypatch.setattr(Made, "_prefill", _prefill)
+    found = run(510.0)[0].systems["50 %"]["prefill"]
+    assert found["resident_seconds"] == pytest.approx(found["seconds"] + 0.5) and found["equals_resident"]
 
 
 def test_a_process_that_hangs_costs_its_own_visit_only(monkeypatch: pytest.MonkeyPatch) -> None:

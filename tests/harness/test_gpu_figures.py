@@ -83,6 +83,26 @@ def test_a_prefill_is_held_against_the_copies_alone() -> None:
     assert found["h2d_bytes_per_s"] == pytest.approx(50e9) and found["equals_resident"]
 
 
+def test_what_a_prefill_loads_in_vain_is_no_bandwidth() -> None:
+    taken = prefill(0.05, 0.04)
+    taken["repeats"] = [{**one, "num_loads": 250, "num_bytes": 2.5e9} for one in taken["repeats"]]
+    found = prefill_figures(taken, None)
+    assert found["share_of_h2d"]["median"] == pytest.approx(0.8) and found["flag"] is None
+    assert found["link_bytes_per_s"] == pytest.approx(40e9) and found["h2d_bytes_per_s"] == pytest.approx(50e9)
+
+
+def test_a_fraction_above_one_is_wrong_and_no_goal_met(known: Known) -> None:
+    found = systems(known)
+    quarter = entry(row("25 %", 0.009, 48, 0.036), row("resident", 0.010), {"slots": 64}, known)
+    quarter["prefill"] = prefill_figures(prefill(0.03, 0.04), None)
+    found["25 %"] = {**found["25 %"], **quarter}
+    wrong = {name for name, status in statuses(found, known).items() if status == "WRONG"}
+    assert wrong == {"fraction of attainable at 25 %", "prefill at 25 %, share of the H2D bandwidth"}
+    assert system_line("25 %", found["25 %"]).count("WRONG: ") == 2
+    notes = [one["note"] for one in goals(found, derived(found, 1)) if one["status"] == "WRONG"]
+    assert all("the measurement is wrong" in note for note in notes)
+
+
 def memory(peak: float) -> dict[str, int]:
     names = ("peak_gpu_bytes", "peak_reserved_gpu_bytes", "held_gpu_bytes", "peak_host_bytes")
     return dict.fromkeys(names, int(peak))

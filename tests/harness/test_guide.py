@@ -174,17 +174,20 @@ def test_it_begins_with_what_it_guesses_where_the_default_does_not_run() -> None
     assert len(guide(where, Simulator()).propose([failed], [])) == FIRST_ROUND
 
 
-def test_limits_on_times_hold_for_what_is_proposed() -> None:
+@pytest.mark.parametrize("off", [1.0, 5.0, 0.2])
+def test_limits_on_times_hold_for_what_is_proposed(off: float) -> None:
+    """Whatever the simulator is off by for all configurations; the default was measured at 1 ms."""
     where = narrow()
 
     class Slow(Simulator):
         def run(self, overrides: Mapping[str, Any]) -> Foretold:
-            return Foretold(true_latency(overrides), ttft_ms_p50=float(overrides["scheduler.group"]))
+            return Foretold(true_latency(overrides), ttft_ms_p50=off * overrides["scheduler.group"])
 
     proposed = guide(where, Slow(), Limits(slo_ttft_ms=2.0)).propose(
         records(where, [where.default]), [tried(where, where.default)]
     )
-    assert proposed and all(where.overrides(params)["scheduler.group"] <= 2 for params in proposed)
+    assert {where.overrides(params)["scheduler.group"] for params in proposed} >= {2}
+    assert all(where.overrides(params)["scheduler.group"] <= 2 for params in proposed)
 
 
 def test_neighbours_differ_in_one_knob_and_in_what_it_brings_with_it() -> None:
