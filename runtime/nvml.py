@@ -25,9 +25,12 @@ def uuid_of(number: int) -> str:
     """Of the GPU of that number in the driver's order, as nvidia-smi shows it.
 
     Raises:
-        DeviceError: there is none, or nobody knows; says why.
+        DeviceError: there is none, or nobody knows; says why, and the way out.
     """
     with _started() as nvml:
+        count = int(nvml.nvmlDeviceGetCount())
+        if not 0 <= number < count:
+            raise DeviceError(f"there is no such GPU; NVML sees {f'0 … {count - 1}' if count else 'none'}")
         return str(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(number)))
 
 
@@ -41,7 +44,7 @@ def number_of(uuid: str) -> int:
 def _started() -> Iterator[Any]:
     nvml = binding()
     if nvml is None:
-        raise DeviceError("nvidia-ml-py is not installed (pip install nvidia-ml-py)")
+        raise DeviceError(f"nvidia-ml-py is not installed; install it, or {_OTHERWISE}")
     try:
         nvml.nvmlInit()
         try:
@@ -49,4 +52,7 @@ def _started() -> Iterator[Any]:
         finally:
             nvml.nvmlShutdown()
     except nvml.NVMLError as error:
-        raise DeviceError(f"NVML says {error}") from error
+        raise DeviceError(f"NVML says {error}; {_OTHERWISE}") from error
+
+
+_OTHERWISE = "name the GPU by torch's number (--device cuda:0)"

@@ -107,7 +107,7 @@ def install() -> None:
         module.is_gpu = lambda device: True
     batching.current = lambda device: nullcontext()
     cuda_copies.CudaCopies = Copies  # type: ignore[assignment,misc]
-    cuda_copies.cuda_index = _cuda_index
+    devices.cuda_index = _cuda_index
     gpu._compute = _synchronize
     probe.measure_experts = lambda *of, device="cpu", **options: measure_experts(*of, **options)
 
