@@ -467,4 +467,7 @@ def test_all_of_it(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.Capture
     assert found["probe"]["gpu_compute"] and found["hardware"]["device"] == "cuda:Fake GPU"
     assert pick.main(["--run", str(tmp_path / "run"), "--objective", "memory"]) == 0
     picked = load_profile(tmp_path / "run" / "picked.yaml")
-    assert picked.match == profile.match and "picked.yaml" in capsys.readouterr().out
+    assert picked.match == profile.match
+    assert pick.main(["--run", str(tmp_path / "run"), "--list"]) == 0
+    said = capsys.readouterr().out
+    assert "picked.yaml" in said and said.count("peak GPU memory") == 2 + (" of its peak GPU memory" in said)
