@@ -16,6 +16,7 @@ from harness.hardware.nvml import find_gpu, gpu_state, read_gpus
 from harness.hardware.readings import GpuReadings, NvmlReadings
 from harness.hardware.verdicts import Judgement, disk_links, judge_disk
 from runtime import machine, numa
+from runtime.device_options import check_gpu_is_numbered
 from runtime.errors import DeviceError, UsageError, cli_main
 from runtime.host_memory import HostMemory, host_memory
 from runtime.machine import format_bytes
@@ -241,10 +242,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     if not 0 < options.seconds < float("inf"):
         raise UsageError(f"--seconds {options.seconds}: give a number above 0")
-    if options.device is not None and options.gpu is not None:
-        raise UsageError(f"--gpu {options.gpu} and --device {options.device} exclude each other; give one of them")
-    if options.device not in (None, "cpu"):
-        raise UsageError(f"--device {options.device}: only cpu is named so here; give a GPU's number: --gpu N")
+    check_gpu_is_numbered(options)
     nvml = read_gpus()
     gpu = None if options.gpu is None else check_gpu(options.gpu, nvml)
     from runtime.facts import describe

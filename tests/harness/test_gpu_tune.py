@@ -378,6 +378,8 @@ def test_the_first_gpu_that_can_be_used_is_tuned_for(seen: list[int], capsys: py
         tune._choose_device(_options(gpu=2))
     with pytest.raises(UsageError, match="--gpu 1 and --device cpu exclude each other"):
         tune._choose_device(_options(gpu=1, device="cpu"))
+    with pytest.raises(UsageError, match=r"--device cuda:0: .* --gpu 0"):
+        tune._choose_device(_options(device="cuda:0"))
     seen.clear()
     assert tune._choose_device(_options()) is None
     assert capsys.readouterr().out == "tuning for the CPU (GPU 0 (Fake GPU): torch does not see it)\n"
