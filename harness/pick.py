@@ -32,7 +32,8 @@ class NothingFitsError(ExpertFlowError):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.pick", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder that harness.tune wrote")
-    parser.add_argument("--max-memory", metavar="SIZE", help="limit on the process, such as 6GiB")
+    memory = "limit on what the process takes of the memory, such as 6GiB; of a run on a GPU: of the GPU's"
+    parser.add_argument("--max-memory", metavar="SIZE", help=memory)
     parser.add_argument("--slo-tpot", type=float, metavar="MS", help="limit on the time per output token, p50")
     parser.add_argument("--slo-ttft", type=float, metavar="MS", help="limit on the time to the first token, p50")
     parser.add_argument("--objective", choices=[str(one) for one in Objective], help="what to make small")
@@ -104,7 +105,7 @@ def listing(run: RunFile, limits: Limits, chosen: Point) -> str:
     default = None if point is None else run.tried(point)
     shown = with_marked(front(feasible(_usable(run), limits)), default, run.tried(chosen))
     table = front_table(shown, default, chosen.params, lambda params: values[params_key(params)])
-    return front_text(table, (point or chosen).values, run.num_experts)
+    return front_text(table, (point or chosen).values, run.num_experts, memory=run.memory)
 
 
 def described(run: RunFile, point: Point) -> str:
@@ -113,13 +114,13 @@ def described(run: RunFile, point: Point) -> str:
     lines = [
         f"picked     {configuration_text(point.params)}",
         f"figures    {_figure(found.latency_ms_p50)} ms per output token, TTFT {_figure(found.ttft_ms_p50)} ms, "
-        f"{_figure(found.tokens_per_s)} tokens/s, peak memory {format_bytes(found.peak_memory_bytes or 0)}",
-        f"default    {'this is it' if point.params == run.default else _compared(run.figures(point))}",
+        f"{_figure(found.tokens_per_s)} tokens/s, peak {run.memory} {format_bytes(found.peak_memory_bytes or 0)}",
+        f"default    {'this is it' if point.params == run.default else _compared(run.figures(point), run.memory)}",
     ]
     return "\n".join(lines)
 
 
-def _compared(figures: Figures) -> str:
+def _compared(figures: Figures, which: str) -> str:
     found, baseline, ratio, pairs = figures
     if baseline is None:
         return "did not run"
@@ -130,7 +131,7 @@ def _compared(figures: Figures) -> str:
         if ratio is None
         else f"{ratio.confidence:.1%} interval of the latency {ratio.low:.2f} to {ratio.high:.2f}, {pairs} pairs"
     )
-    return f"{latency} of its latency, {memory} of its peak memory ({sure})"
+    return f"{latency} of its latency, {memory} of its peak {which} ({sure})"
 
 
 def _figure(value: float | None) -> str:

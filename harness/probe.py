@@ -16,6 +16,7 @@ from harness.hardware.nvml import find_gpu, gpu_state, read_gpus
 from harness.hardware.readings import GpuReadings, NvmlReadings
 from harness.hardware.verdicts import Judgement, disk_links, judge_disk
 from runtime import machine, numa
+from runtime.device_options import check_gpu_is_numbered
 from runtime.errors import DeviceError, UsageError, cli_main
 from runtime.host_memory import HostMemory, host_memory
 from runtime.machine import format_bytes
@@ -130,7 +131,7 @@ def check_gpu(index: int, nvml: NvmlReadings) -> GpuReadings:
         DeviceError: NVML or CUDA is absent, or there is no such GPU; names the way out.
     """
     gpu = find_gpu(index, nvml)
-    from harness.hardware.cuda_copies import cuda_index
+    from runtime.devices import cuda_index
 
     try:
         cuda_index(gpu.uuid.value)
@@ -141,7 +142,8 @@ def check_gpu(index: int, nvml: NvmlReadings) -> GpuReadings:
 
 def _copies(gpu: GpuReadings, expert_bytes: int, budget_s: float) -> Copies:
     """From memory near the GPU; two buffers at a time, and no more than a quarter of what is free on the GPU."""
-    from harness.hardware.cuda_copies import CudaCopies, cuda_index
+    from harness.hardware.cuda_copies import CudaCopies
+    from runtime.devices import cuda_index
 
     device = CudaCopies(cuda_index(gpu.uuid.value))
     free_bytes = gpu.memory_free_bytes.value or _LARGEST_COPY_BYTES
@@ -159,7 +161,7 @@ def _copies(gpu: GpuReadings, expert_bytes: int, budget_s: float) -> Copies:
 
 def _gpu_compute(loaded: LoadedModel, top_k: int, gpu: GpuReadings, budget_s: float) -> tuple[ExpertTime, ...]:
     """With one thread: the host only asks for it."""
-    from harness.hardware.cuda_copies import cuda_index
+    from runtime.devices import cuda_index
 
     device = f"cuda:{cuda_index(gpu.uuid.value)}"
     return measure_experts(loaded, top_k, threads=(1,), budget_s=budget_s, device=device)
@@ -229,8 +231,8 @@ def _size(num_bytes: int) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.probe", description=__doc__)
     parser.add_argument("--model", help="checkpoint whose files are read; default: the demo with 1 MiB experts")
-    parser.add_argument("--gpu", type=int, metavar="N", help="time copies to this GPU of NVML's list, too")
-    parser.add_argument("--device", choices=["cpu"], help="leave GPUs alone")
+    parser.add_argument("--gpu", type=int, metavar="N", help="time copies to this GPU, too, as nvidia-smi numbers them")
+    parser.add_argument("--device", metavar="cpu", help="leave GPUs alone")
     more = "how long to measure; more reaches larger sizes and steadier figures (%(default)s)"
     parser.add_argument("--seconds", type=float, default=BUDGET_S, metavar="S", help=more)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -240,8 +242,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     if not 0 < options.seconds < float("inf"):
         raise UsageError(f"--seconds {options.seconds}: give a number above 0")
-    if options.device is not None and options.gpu is not None:
-        raise UsageError(f"--gpu {options.gpu} and --device {options.device} exclude each other; give one of them")
+    check_gpu_is_numbered(options)
     nvml = read_gpus()
     gpu = None if options.gpu is None else check_gpu(options.gpu, nvml)
     from runtime.facts import describe

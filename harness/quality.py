@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.device_options import add_device_options, named_device
 from runtime.errors import UsageError, cli_main
 
 if TYPE_CHECKING:
@@ -49,10 +50,13 @@ def _run(arguments: argparse.Namespace) -> None:
     source = arguments.profile or Profile.default()
     model = arguments.model or (None if arguments.profile else str(bundled_model()))
     overrides, workload = parse_overrides(arguments.set), load_workload(arguments.workload)
-    with runtime.load(source, model, overrides=overrides, device=arguments.device) as ours:
+    with runtime.load(source, model, overrides=overrides, device=named_device(arguments)) as ours:
+        if arguments.write:
+            _check_runs(arguments.profile, ours)
         requests = _requests(arguments, workload, ours)
         for note in ours.notes:
-            _say(f"note: {note}")
+            if "harness.quality" not in note:  # that it was not measured: it is now
+                _say(f"note: {note}")
         routes = _Routes(ours)
         with _exact(ours) as exact:
             for engine in (exact, ours):
@@ -82,6 +86,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--write: {arguments.profile.parent} cannot be written to; copy the profile elsewhere")
     if arguments.write and arguments.set:
         raise UsageError("--write is for figures of the profile as it stands; --set changes it: leave out one of them")
+
+
+def _check_runs(path: Path, ours: Engine) -> None:
+    """What is written into a profile are figures of that profile."""
+    if ours.match is not None and ours.match.level == "rejected":
+        why = "; ".join(ours.match.reasons)
+        raise UsageError(f"--write: something else runs here instead of {path} ({why}); write where the profile runs")
 
 
 def _requests(arguments: argparse.Namespace, workload: Workload, engine: Engine) -> tuple[TokenRequest, ...]:
@@ -163,6 +174,7 @@ def _result(engine: Engine, found: Divergence, routes: _Routes, requests: Sequen
     num_substituted = stats.cache.num_substituted
     return {
         "model": checkpoint_name(engine.source),
+        "device": str(engine.model.device),
         "numerics": engine.profile.numerics,
         "slots": engine.profile.cache.slots,
         "num_texts": len(requests),
@@ -175,19 +187,24 @@ def _result(engine: Engine, found: Divergence, routes: _Routes, requests: Sequen
 
 
 def _text(result: dict[str, Any]) -> str:
-    return "\n".join(
-        [
-            f"{result['model']}, numerics {result['numerics']}, against the exact model: "
-            f"{result['num_tokens']} tokens of {result['num_texts']} texts",
-            f"KL divergence    {result['kl_nats']:.6g} nats per token",
-            f"perplexity       {result['perplexity']:.4f}, exact {result['perplexity_exact']:.4f}: "
-            f"x{result['perplexity_ratio']:.4f}",
-            f"likeliest token  the same for {result['top1_agreement']:.2%}",
-            f"logits           differ by up to {result['max_logit_error']:.4g}",
-            f"substituted      {result['substituted_share']:.2%} of the choices ({result['num_substituted']})",
-            f"computed         {result['num_computed']} of {result['stats']['num_misses']} misses, on the CPU",
-        ]
-    )
+    from runtime.profile import LOSSY
+
+    num_texts, num_computed = result["num_texts"], result["num_computed"]
+    lines = [
+        f"{result['model']} on {result['device']}, numerics {result['numerics']}, against the exact model: "
+        f"{result['num_tokens']} tokens of {num_texts} text{'' if num_texts == 1 else 's'}",
+        f"KL divergence    {result['kl_nats']:.6g} nats per token",
+        f"perplexity       {result['perplexity']:.4f}, exact {result['perplexity_exact']:.4f}: "
+        f"x{result['perplexity_ratio']:.4f}",
+        f"likeliest token  the same for {result['top1_agreement']:.2%}",
+        f"logits           differ by up to {result['max_logit_error']:.4g}",
+    ]
+    if result["numerics"] in LOSSY:
+        share, num_substituted = result["substituted_share"], result["num_substituted"]
+        lines.append(f"substituted      {share:.2%} of the choices ({num_substituted})")
+    if num_computed or result["numerics"] == "equivalent":
+        lines.append(f"computed         {num_computed} of {result['stats']['num_misses']} misses, on the CPU")
+    return "\n".join(lines)
 
 
 def _write(path: Path, found: Divergence) -> None:
@@ -208,9 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.quality", description=__doc__)
     parser.add_argument("--profile", type=Path, help="profile to measure (a .yaml file); default: the default profile")
     parser.add_argument("--model", help="checkpoint folder or hub id; default: the profile's, else the bundled demo")
-    parser.add_argument(
-        "--device", metavar="NAME", help="that computes: cpu, cuda:0; default: as the profile was tuned"
-    )
+    add_device_options(parser)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a profile key")
     parser.add_argument("--workload", type=Path, help="JSON lines of text; default: the demo's held-out text")
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="to compare in all (%(default)s)")

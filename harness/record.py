@@ -188,12 +188,13 @@ def _open(target: Target, device: str | None) -> Engine:
 
     facts, place = describe(target.checkpoint), find_device(device, target.profile)
     limit = free_bytes(place) if is_gpu(place) else machine.available_memory_bytes()
-    where = f"memory of {place}" if is_gpu(place) else "memory"
-    if target.profile.limits is not None and target.profile.limits.max_memory_bytes is not None:
-        limit = min(limit, target.profile.limits.max_memory_bytes)
+    where, are = f"memory of {place}" if is_gpu(place) else "memory", "are free"
+    most = target.profile.max_memory_bytes
+    if most is not None and most < limit:
+        limit, are = most, "are allowed"
     size, room = machine.format_bytes(facts.model_bytes), machine.format_bytes(limit)
     if RESIDENT_FACTOR * facts.model_bytes <= limit:
-        _say(f"{target.name}: all {size} in {where} ({room} are free)")
+        _say(f"{target.name}: all {size} in {where} ({room} {are})")
         return build.load_reference(target.profile, target.checkpoint, device=place)
     engine = build.load(target.profile, target.checkpoint, device=place)
     slots = f"{engine.profile.cache.slots} of {facts.num_experts_total} experts in it at a time"

@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.device_options import check_gpu_is_numbered
 from runtime.errors import DeviceError, ExpertFlowError, UsageError, cli_main
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--model", help="checkpoint folder or hub id; default: the demo, widened")
     model.add_argument("--demo", action="store_true", help="the demo in too little memory for it, where none is given")
-    model.add_argument("--gpu", type=int, metavar="N", help="tune for this GPU of NVML's list; default: the first")
-    model.add_argument("--device", choices=["cpu"], help="tune for the CPU, experts coming from disk")
+    model.add_argument(
+        "--gpu", type=int, metavar="N", help="tune for this GPU, by nvidia-smi's number; default: the first"
+    )
+    model.add_argument("--device", metavar="cpu", help="tune for the CPU, experts coming from disk")
     model.add_argument("--workload", type=Path, metavar="FILE", help="JSON lines with text; default: bundled text")
     model.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests outstanding (default 8)")
     model.add_argument("--context", type=int, default=1024, metavar="N", help="longest sequence to have memory for")
@@ -295,8 +298,7 @@ def _choose_device(options: argparse.Namespace) -> Gpu | None:
     Raises:
         DeviceError: the one that was named cannot be used.
     """
-    if options.gpu is not None and options.device is not None:
-        raise UsageError(f"--gpu {options.gpu} and --device {options.device} exclude each other; give one of them")
+    check_gpu_is_numbered(options)
     if options.device is not None:
         return None
     from harness.hardware.nvml import find_gpu, read_gpus

@@ -164,13 +164,19 @@ def route_predictor(engine: Engine, artifact: Path, params: Mapping[str, Any] | 
 
 def for_device(profile: Profile, device: torch.device) -> tuple[Profile, list[str]]:
     """The profile with what runs on `device`, and notes on what was changed."""
-    if not is_gpu(device) and profile.miss != "copy":
-        note = f"miss {profile.miss} is for a GPU: on the CPU misses are loaded, and results are exact"
-        return profile.with_overrides({"miss": "copy"}), [note]
-    if not is_gpu(device) or profile.compute.decode != "gemv":
-        return profile, []
-    note = f"decode kernel gemv is for the CPU: {_GPU_DECODE} on {device}"
-    return profile.with_overrides({"compute.decode": _GPU_DECODE}), [note]
+    changed: dict[str, Any] = {}
+    notes: list[str] = []
+    if is_gpu(device):
+        if profile.compute.decode == "gemv":
+            changed["compute.decode"] = _GPU_DECODE
+            notes.append(f"decode kernel gemv is for the CPU: {_GPU_DECODE} on {device}")
+        return profile.with_overrides(changed), notes
+    if profile.miss != "copy":
+        changed["miss"] = "copy"
+        notes.append(f"miss {profile.miss} is for a GPU: on the CPU misses are loaded, and results are exact")
+    if profile.tiers is not None and profile.tiers.host_bytes is not None:
+        notes.append("tiers.host_bytes is for a GPU: on the CPU experts come from disk into cache.slots")
+    return profile.with_overrides(changed), notes
 
 
 # One product of cuBLAS per matrix, which reads it once.
@@ -344,9 +350,10 @@ def _compute_misses(
     pool.coordinator.misses = Misses(
         split, lambda expert: weights(expert) is not None, pool.host.hold, pool.host.release
     )
+    threads = f"{profile.compute.threads} CPU thread{'' if profile.compute.threads == 1 else 's'}"
     note = (
-        f"a miss takes {1e3 * rates.copy_s:.3g} ms to copy and {1e3 * rates.compute_s(1):.3g} ms to compute with "
-        f"{profile.compute.threads} threads, at the same time: of 8, {split.num_copies([1] * 8)} are copied"
+        f"a miss takes {1e3 * rates.copy_s:.3g} ms to copy and {1e3 * rates.compute_s(1):.3g} ms to compute on "
+        f"{threads}, at the same time: of 8 misses in a layer, {split.num_copies([1] * 8)} are copied"
     )
     return list(hosts), [note]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from runtime.errors import UsageError
+
 DEFAULT = "default: as the profile was tuned"
 
 
@@ -26,3 +28,11 @@ def named_device(options: argparse.Namespace) -> str | None:
     from runtime.devices import numbered_gpu  # torch: not for --help
 
     return str(numbered_gpu(options.gpu))
+
+
+def check_gpu_is_numbered(options: argparse.Namespace) -> None:
+    """Of commands that examine a GPU before torch uses it: `--gpu` names one, `--device` none but the CPU."""
+    if options.device not in (None, "cpu"):
+        raise UsageError(f"--device {options.device}: only cpu is named so here; for a GPU give its number: --gpu 0")
+    if options.device is not None and options.gpu is not None:
+        raise UsageError(f"--gpu {options.gpu} and --device {options.device} exclude each other; give one of them")

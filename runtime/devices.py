@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
-import pynvml
 import torch
 
+from runtime import nvml
 from runtime.errors import DeviceError
 from runtime.profile import MachineFacts, Profile, machine_facts
 from runtime.vocabulary import Pass
@@ -40,21 +40,30 @@ def numbered_gpu(number: int) -> torch.device:
     Raises:
         DeviceError: there is none, or torch does not see it.
     """
-    count = _num_gpus()
-    if not count:
+    if not _num_gpus():
         raise DeviceError(f"--gpu {number}: {_no_gpu()}")
     try:
-        with _nvml():
-            uuid = str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(number)))
-    except pynvml.NVMLError as error:
-        raise DeviceError(f"--gpu {number}: NVML says {error}; name it by torch's number (--device cuda:0)") from error
+        return torch.device("cuda", cuda_index(nvml.uuid_of(number)))
+    except DeviceError as error:
+        raise DeviceError(f"--gpu {number}: {error}") from error
+
+
+def cuda_index(uuid: str | None) -> int:
+    """The number that torch gives the GPU of that UUID of NVML's: CUDA orders and hides GPUs by its own rules.
+
+    Raises:
+        DeviceError: torch sees no GPU, or not this one.
+    """
+    count = _num_gpus()
+    if not count:
+        raise DeviceError(_no_gpu())
     seen = [_uuid(index) for index in range(count)]
     if uuid not in seen:
         raise DeviceError(
-            f"--gpu {number}: torch does not see the GPU {uuid}; check CUDA_VISIBLE_DEVICES, and name a part of a GPU "
-            "(MIG) by torch's number (--device cuda:0)"
+            f"torch does not see the GPU {uuid}; check CUDA_VISIBLE_DEVICES, name a part of a GPU (MIG) by torch's number "
+            f"(--device cuda:0), or {_ON_THE_CPU}"
         )
-    return torch.device("cuda", seen.index(uuid))
+    return seen.index(uuid)
 
 
 def gpu_number(device: torch.device) -> int | None:
@@ -62,9 +71,8 @@ def gpu_number(device: torch.device) -> int | None:
     if not is_gpu(device):
         return None
     try:
-        with _nvml():
-            return int(pynvml.nvmlDeviceGetIndex(pynvml.nvmlDeviceGetHandleByUUID(_uuid(device))))
-    except pynvml.NVMLError:
+        return nvml.number_of(_uuid(device))
+    except DeviceError:
         return device.index
 
 
@@ -126,17 +134,8 @@ def _named(name: str) -> torch.device:
     if not count:
         raise DeviceError(f"device {name!r}: {_no_gpu()}")
     if (device.index or 0) >= count:
-        raise DeviceError(f"device {name!r}: torch sees {count} GPUs, numbered from 0")
+        raise DeviceError(f"device {name!r}: there is no such GPU; the last one that torch sees is cuda:{count - 1}")
     return torch.device("cuda", device.index or 0)
-
-
-@contextmanager
-def _nvml() -> Iterator[None]:
-    pynvml.nvmlInit()
-    try:
-        yield
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _uuid(device: torch.device | int) -> str:
@@ -145,7 +144,11 @@ def _uuid(device: torch.device | int) -> str:
 
 
 def _no_gpu() -> str:
-    return f"this torch ({torch.__version__}) sees no GPU; compute on the CPU instead"
+    way_out = "check the driver and CUDA_VISIBLE_DEVICES" if torch.backends.cuda.is_built() else "install one with CUDA"
+    return f"this torch ({torch.__version__}) sees no GPU; {way_out}, or {_ON_THE_CPU}"
+
+
+_ON_THE_CPU = "compute on the CPU (--device cpu)"
 
 
 def _num_gpus() -> int:

@@ -132,8 +132,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _with_numerics(options: argparse.Namespace, device: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
     """`overrides` with --numerics and what goes with it, where they do not say so themselves."""
+    from runtime.devices import find_device, is_gpu
     from runtime.machine import cpu_count
-    from runtime.profile import load_profile
+    from runtime.profile import Profile, load_profile
 
     if options.numerics is None:
         return overrides
@@ -141,10 +142,11 @@ def _with_numerics(options: argparse.Namespace, device: str | None, overrides: d
     if options.numerics == "exact":
         implied["miss"] = "copy"
     elif options.numerics == "equivalent":
-        if not options.profile or load_profile(options.profile).miss == "copy":
+        profile = load_profile(options.profile) if options.profile else Profile.default()
+        if profile.miss == "copy":
             implied["miss"] = "auto"
-        if not options.profile and str(device).startswith("cuda"):
-            implied["compute.threads"] = cpu_count()  # of which results on a GPU do not depend otherwise
+            if "compute.threads" not in profile.fixed and is_gpu(find_device(device, profile)):
+                implied["compute.threads"] = cpu_count()  # on which results of a GPU did not depend before
     return {**implied, **overrides}
 
 

@@ -250,8 +250,8 @@ class EngineStats:
     def _peaks(self) -> list[str]:
         if not self.peak_gpu_bytes:
             return [f"{self.peak_resident_bytes / 1e9:.2f} GB"]
-        peaks = (self.peak_gpu_bytes, "GPU"), (self.peak_resident_bytes, "host")
-        return [f"{num_bytes / 1e9:.2f} GB of {whose} memory" for num_bytes, whose in peaks]
+        gpu, host = self.peak_gpu_bytes / 1e9, self.peak_resident_bytes / 1e9
+        return [f"{gpu:.2f} GB of GPU memory in tensors", f"{host:.2f} GB of host memory"]
 
     def line(self) -> str:
         """One line for logs: what there is nothing to say of is left out."""

@@ -8,6 +8,7 @@ float32 model of a few layers stays within 1e-4 of its logits' spread; a bfloat1
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -110,7 +111,8 @@ def test_rates_are_measured_on_loading_and_said(checkpoint: Path, monkeypatch: p
     monkeypatch.setattr(LateStreams, "elapsed_s", lambda streams, begin, end: 0.5)
     with runtime.load(checkpoint, overrides={**COMPUTE, "cache.slots": 6, "miss": "auto"}) as engine:
         (note,) = (note for note in engine.notes if "a miss takes" in note)
-        assert note.startswith("a miss takes 500 ms to copy and ") and note.endswith("of 8, 0 are copied")
+        assert note.startswith("a miss takes 500 ms to copy and ")
+        assert note.endswith("on 1 CPU thread, at the same time: of 8 misses in a layer, 0 are copied")
         assert any("was not measured; python -m harness.quality" in note for note in engine.notes)
         assert engine.stats().num_loads == 0
         _logits(engine)
@@ -215,7 +217,8 @@ def test_quality_is_measured_against_the_exact_model_and_written(
         found["kl_nats"],
     )
     assert (found["num_computed"] > 0) == (stored == "auto") and found["kl_nats"] < 0.01
-    assert any(line.startswith(f"computed         {found['num_computed']} of ") for line in text)
+    told = f"computed         {found['num_computed']} of {found['stats']['num_misses']} misses, on the CPU"
+    assert (told in text) == (profile.numerics == "equivalent") and not any("substituted" in line for line in text)
     if stored == "copy":
         assert found["max_logit_error"] == 0.0
 
@@ -263,6 +266,40 @@ def test_numerics_of_the_command_line(
     assert [profile.miss for profile in ran] == [miss]
     assert (json.loads(captured.out.splitlines()[-1])["num_computed"] > 0) == (miss != "copy")
     assert ("results differ from the exact model's" in captured.err) == (miss != "copy")
+
+
+@pytest.mark.parametrize(
+    ("changes", "threads"),
+    [({}, 12), ({"fixed": ["compute.threads"]}, None), (COMPUTE, None)],
+    ids=["tuned without", "fixed", "tuned with"],
+)
+def test_misses_are_computed_on_all_cores_unless_the_profile_was_tuned_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], threads: int | None
+) -> None:
+    monkeypatch.setattr("runtime.devices.is_gpu", lambda device: True)
+    monkeypatch.setattr("runtime.machine.cpu_count", lambda: 12)
+    save_profile(Profile.default().with_overrides(changes), tmp_path / "p.yaml")
+    options = Namespace(numerics="equivalent", profile=tmp_path / "p.yaml")
+    assert generate._with_numerics(options, None, {}).get("compute.threads") == threads
+    assert generate._with_numerics(options, None, {"compute.threads": 3})["compute.threads"] == 3
+
+
+def test_figures_of_what_runs_instead_are_not_written_into_a_profile(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.yaml"
+    save_profile(Profile.default().with_overrides({"match.device": "cuda:Some GPU"}), path)
+    before = path.read_bytes()
+    asked = ["--profile", str(path), "--model", str(checkpoint), "--device", "cpu", "--write"]
+    assert quality.main(asked) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --write: something else runs here") and "cuda:Some GPU" in line
+    assert path.read_bytes() == before
+
+
+def test_what_only_a_gpu_has_is_said_on_the_cpu(checkpoint: Path) -> None:
+    with runtime.load(checkpoint, overrides={"tiers.host_bytes": "1MiB"}) as engine:
+        assert any(note.startswith("tiers.host_bytes is for a GPU") for note in engine.notes)
 
 
 def test_unknown_numerics_are_one_line(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

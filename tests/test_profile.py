@@ -261,13 +261,20 @@ def test_the_same_model_and_machine_match_exactly() -> None:
         (MachineFacts("cpu", 32_000_000_000, 2e9), "compatible", ["memory", "32.0 GB"]),
         (MachineFacts("cpu", 16_000_000_000, 1.4e9), "stale", ["1.50 GB/s", "1.40 GB/s"]),
         (MachineFacts("cpu", 16_000_000_000, None), "exact", ["not measured"]),
-        (MachineFacts("cuda:H100", 1_000, 2e9), "rejected", ["device", "cpu", "cuda:H100", "memory"]),
+        (MachineFacts("cuda:H100", 1_000, 2e9), "rejected", ["device", "cpu", "cuda:H100"]),
     ],
 )
 def test_machines_that_differ(machine: MachineFacts, level: str, says: list[str]) -> None:
     result = match_profile(matched(), MODEL, machine)
     assert result.level == level
     assert all(word in " ".join(result.reasons) for word in says) and bool(result.reasons) == bool(says)
+
+
+def test_memory_and_rate_of_another_kind_of_device_are_no_reasons() -> None:
+    result = match_profile(matched(), MODEL, MachineFacts("cuda:H100", 1_000, None))
+    assert result.reasons == ("device: profile cpu, here cuda:H100",)
+    other = match_profile(matched(device="cuda:H200"), MODEL, MachineFacts("cuda:H100", 1_000, None))
+    assert other.level == "stale" and len(other.reasons) == 3
 
 
 def test_every_difference_of_the_model_is_a_reason() -> None:

@@ -34,10 +34,14 @@ _CONFIGURATION = {"cache", "prefetch", "predictor", "scheduler", "compute", "tra
 
 @dataclass(frozen=True)
 class Promise:
-    """What the evidence of a profile says. `ratio` is of latency to the default's; None: it claims no gain."""
+    """What the evidence of a profile says. `ratio` is of latency to the default's; None: it claims no gain.
+
+    `on_gpu`: the memory is a GPU's.
+    """
 
     ratio: Ratio | None
     peak_memory_bytes: int | None
+    on_gpu: bool = False
 
     @classmethod
     def of(cls, profile: Profile) -> Promise:
@@ -45,7 +49,17 @@ class Promise:
         evidence, objectives = profile.evidence, profile.objectives
         told = None if evidence is None else evidence.ratio
         ratio = None if told is None else Ratio(told.estimate, told.low, told.high, (evidence and evidence.pairs) or 0)
-        return cls(ratio, None if objectives is None else objectives.peak_memory_bytes)
+        on_gpu = profile.match is not None and (profile.match.device or "").startswith("cuda")
+        return cls(ratio, None if objectives is None else objectives.peak_memory_bytes, on_gpu)
+
+    def peak_text(self, num_bytes: int) -> str:
+        """A peak of that memory, for people."""
+        return f"peak {'GPU ' if self.on_gpu else ''}memory {format_bytes(num_bytes)}"
+
+    def describe(self, ratio: Ratio | None, peak_memory_bytes: int | None) -> str:
+        """Figures of this kind, for people."""
+        latency = "no gain in latency" if ratio is None else f"latency {ratio} of the default's"
+        return latency + ("" if peak_memory_bytes is None else f", {self.peak_text(peak_memory_bytes)}")
 
 
 @dataclass(frozen=True)
@@ -62,13 +76,13 @@ class Checked:
 
     def report(self, name: str, reproduce: str) -> Report:
         """For people, pull requests and JSON; `name` is the profile's."""
-        facts = [("promised", _figures(self.promised.ratio, self.promised.peak_memory_bytes))]
+        facts = [("promised", self.promised.describe(self.promised.ratio, self.promised.peak_memory_bytes))]
         confidence = None
         if self.ratio is not None:
             pairs = self.ratio.num_pairs
             confidence = exact_confidence(pairs)
             how = f"{confidence:.0%} interval, {pairs} pairs on {self.num_segments} segments of text"
-            facts.append(("measured", f"{_figures(self.ratio, self.peak_memory_bytes)} ({how})"))
+            facts.append(("measured", f"{self.promised.describe(self.ratio, self.peak_memory_bytes)} ({how})"))
         figures = {
             "promised": asdict(self.promised),
             "ratio": None if self.ratio is None else self.ratio.as_dict(),
@@ -88,7 +102,7 @@ def judge(promised: Promise, ratio: Ratio, peak_memory_bytes: int) -> tuple[Verd
     """
     most = promised.peak_memory_bytes
     if most is not None and peak_memory_bytes > (1 + PEAK_NOISE) * most:
-        return Verdict.REGRESSION, f"peak memory {format_bytes(peak_memory_bytes)}, promised {format_bytes(most)}"
+        return Verdict.REGRESSION, f"{promised.peak_text(peak_memory_bytes)}, promised {format_bytes(most)}"
     high = 1.0 if promised.ratio is None else promised.ratio.high
     if ratio.low > high:
         return Verdict.REGRESSION, f"latency at least {ratio.low:.2f} of the default's, promised at most {high:.2f}"
@@ -261,8 +275,3 @@ def _checked(promised: Promise, turns: Turns, num_segments: int, notes: Sequence
         return Checked(verdict, "; ".join(turns.failures.values()), promised, None, None, num_segments, notes)
     ratio, peak = latency_ratio(runs, default), max(run.peak_memory_bytes for run in runs)
     return Checked(*judge(promised, ratio, peak), promised, ratio, peak, num_segments, notes)
-
-
-def _figures(ratio: Ratio | None, peak_memory_bytes: int | None) -> str:
-    latency = "no gain in latency" if ratio is None else f"latency {ratio} of the default's"
-    return latency + ("" if peak_memory_bytes is None else f", peak memory {format_bytes(peak_memory_bytes)}")

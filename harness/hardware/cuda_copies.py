@@ -11,26 +11,10 @@ import numpy as np
 import torch
 
 from harness.hardware.copies import CopyError, Direction, HostBuffer
-from runtime.errors import DeviceError
 
 _LOAD_BYTES = 128 << 20
 # How long the device waits before it starts, so that the host has enqueued everything by then.
 _CYCLES_PER_OPERATION = 40_000
-
-
-def cuda_index(uuid: str | None) -> int:
-    """The number that torch gives the GPU of that UUID: CUDA orders and hides GPUs by its own rules.
-
-    Raises:
-        DeviceError: torch sees no CUDA, or not this GPU.
-    """
-    if not torch.cuda.is_available():
-        raise DeviceError(f"this torch ({torch.__version__}) sees no CUDA; run with --device cpu")
-    seen = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
-    wanted = (uuid or "").removeprefix("GPU-")
-    if wanted not in seen:
-        raise DeviceError(f"torch does not see the GPU {uuid}; check CUDA_VISIBLE_DEVICES, or run with --device cpu")
-    return seen.index(wanted)
 
 
 class CudaCopies:

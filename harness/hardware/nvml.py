@@ -1,7 +1,4 @@
-"""What NVIDIA's management library says about the GPUs. Every read is optional: a value, or why there is none.
-
-The only importer of `pynvml` (distribution `nvidia-ml-py`), inside a function: a machine without it is measured too.
-"""
+"""What NVIDIA's management library says about the GPUs. Every read is optional: a value, or why there is none."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.hardware.readings import GpuReadings, GpuState, NvmlReadings, Reading, Status, throttle_reasons
+from runtime import nvml
 from runtime.errors import DeviceError
 
 T = TypeVar("T")
@@ -95,7 +93,7 @@ def find_gpu(index: int, readings: NvmlReadings) -> GpuReadings:
 @contextmanager
 def _opened(binding: Any) -> Iterator[tuple[Any, Status]]:
     """The binding, initialised, and how that went."""
-    binding = _binding() if binding is None else binding
+    binding = nvml.binding() if binding is None else binding
     if binding is None:
         yield None, Status.LIBRARY_NOT_FOUND
         return
@@ -105,14 +103,6 @@ def _opened(binding: Any) -> Iterator[tuple[Any, Status]]:
     finally:
         if started.status is Status.OK:
             _call(binding, "nvmlShutdown")
-
-
-def _binding() -> Any:
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    return pynvml
 
 
 def _call(binding: Any, name: str, *arguments: Any) -> Reading[Any]:

@@ -80,8 +80,8 @@ def _examined(uuid: str | None) -> dict[str, Any]:
     """Runs in a trial's process."""
     import torch
 
-    from harness.hardware.cuda_copies import cuda_index
     from harness.measure.peaks import GpuPeak
+    from runtime.devices import cuda_index
 
     device = f"cuda:{cuda_index(uuid)}"
     peak = GpuPeak(device)

@@ -23,6 +23,7 @@ _SECRETS = re.compile(
     re.IGNORECASE,
 )
 _TUNE = "measure: python -m harness.tune"
+_QUALITY = "measure: python -m harness.quality --profile FILE --write"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _evidence(profile: Profile) -> Iterator[Problem]:
         most = f"up to {ratio.high} of the default's latency"
         yield _error(f"evidence.ratio: {most}, and no less memory: no gain is proven")
     if (profile.numerics in LOSSY or profile.miss != "copy") and evidence.kl_nats is None:
-        yield _error(f"numerics {profile.numerics}: its cost was not measured; python -m harness.quality --write")
+        yield _error(f"numerics {profile.numerics}: its cost was not measured; {_QUALITY}")
 
 
 def _saves_memory(measured: Objectives, baseline: Objectives | None) -> bool:

@@ -89,6 +89,8 @@ def _match_machine(match: Match, machine: MachineFacts) -> Iterator[tuple[Level,
     elif match.device != machine.device:
         same_kind = match.device.split(":")[0] == machine.device.split(":")[0]
         yield "compatible" if same_kind else "rejected", f"device: profile {match.device}, here {machine.device}"
+        if not same_kind:
+            return  # the memory and the rate of another kind of device say nothing
     yield from _match_memory(match.memory_total_bytes, machine.memory_total_bytes)
     bandwidth, found = match.bandwidth_at_expert_size_bytes_per_s, machine.bandwidth_at_expert_size_bytes_per_s
     if bandwidth is None or (found is not None and found >= bandwidth.min):

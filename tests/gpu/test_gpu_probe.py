@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from harness.hardware.copies import PLAN, CopyError, Direction, HostBuffer, measure_copies
-from harness.hardware.cuda_copies import CudaCopies, cuda_index
+from harness.hardware.cuda_copies import CudaCopies
 from harness.hardware.nvml import gpu_state, read_gpus
 from harness.hardware.readings import GpuReadings, Status
 from harness.hardware.verdicts import Verdict
+from runtime.devices import cuda_index
 from runtime.errors import DeviceError
 
 pytestmark = pytest.mark.gpu

@@ -144,7 +144,7 @@ def test_the_command_line_says_where_everything_is(named: list[str]) -> None:
     found = json.loads(done.stdout)
     assert len(found["token_ids"]) == 12 and found["peak_gpu_bytes"] > 0
     assert "pinned host memory hold all experts" in done.stderr and "on cuda:0" in done.stderr
-    assert " GB of GPU memory, " in done.stderr
+    assert " GB of GPU memory in tensors, " in done.stderr
 
 
 def test_the_drivers_number_of_a_gpu_leads_back_to_it() -> None:

@@ -16,10 +16,10 @@ from fake_nvml import FakeNvml
 from late_streams import LateStreams
 
 from harness import probe
-from harness.hardware import cuda_copies, nvml
+from harness.hardware import cuda_copies
 from harness.hardware.compute import measure_experts
 from harness.search import child, gpu
-from runtime import batching, build, devices, facts, loading
+from runtime import batching, build, devices, facts, loading, nvml
 from runtime.errors import DeviceError
 from runtime.transfer.device_slots import DeviceSlots
 
@@ -96,7 +96,7 @@ def _find_device(wanted: object, profile: Any) -> torch.device:
 
 def install() -> None:
     """In this process."""
-    nvml._binding = Nvml  # type: ignore[assignment]
+    nvml.binding = Nvml
     torch.cuda.get_device_properties = _properties  # type: ignore[assignment]
     torch.cuda.get_device_name = lambda device=None: NAME  # type: ignore[assignment]
     torch.cuda.synchronize = _synchronize
@@ -107,7 +107,7 @@ def install() -> None:
         module.is_gpu = lambda device: True
     batching.current = lambda device: nullcontext()
     cuda_copies.CudaCopies = Copies  # type: ignore[assignment,misc]
-    cuda_copies.cuda_index = _cuda_index
+    devices.cuda_index = _cuda_index
     gpu._compute = _synchronize
     probe.measure_experts = lambda *of, device="cpu", **options: measure_experts(*of, **options)
 
@@ -117,4 +117,4 @@ if os.environ.get("FAKE_GPU") == "trials":
 else:  # the process that tunes: trials import this as well, and NVML sees the GPU
     os.environ["FAKE_GPU"] = "trials"
     child._PRELOAD.append("fake_gpu")
-    nvml._binding = FakeNvml  # type: ignore[assignment]
+    nvml.binding = FakeNvml

@@ -79,6 +79,9 @@ class FakeNvml:
             raise NVMLError(6)
         return int(uuid[-1])
 
+    def nvmlDeviceGetIndex(self, handle: int) -> int:
+        return handle
+
     def nvmlDeviceGetName(self, handle: int) -> bytes:
         return b"Fake GPU"
 

@@ -306,7 +306,7 @@ def torch_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         def nvmlDeviceGetMemoryInfo(self, handle: int, version: int = 1) -> Any:
             return SimpleNamespace(total=80 * GIB, free=memory["free"], used=0, reserved=0)
 
-    monkeypatch.setattr(nvml, "_binding", lambda: Binding())
+    monkeypatch.setattr("runtime.nvml.binding", lambda: Binding())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: memory["reserved"])
@@ -329,7 +329,7 @@ def test_where_the_cpu_computes_the_host_is_asked() -> None:
 
 
 def test_what_cannot_be_told_is_not_counted(torch_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml, "_binding", lambda: FakeNvml(nvmlDeviceGetMemoryInfo=4))
+    monkeypatch.setattr("runtime.nvml.binding", lambda: FakeNvml(nvmlDeviceGetMemoryInfo=4))
     peak = GpuPeak("cuda:0")
     torch_gpu["peak"] = GIB
     peak.settle()
@@ -378,6 +378,8 @@ def test_the_first_gpu_that_can_be_used_is_tuned_for(seen: list[int], capsys: py
         tune._choose_device(_options(gpu=2))
     with pytest.raises(UsageError, match="--gpu 1 and --device cpu exclude each other"):
         tune._choose_device(_options(gpu=1, device="cpu"))
+    with pytest.raises(UsageError, match=r"--device cuda:0: .* --gpu 0"):
+        tune._choose_device(_options(device="cuda:0"))
     seen.clear()
     assert tune._choose_device(_options()) is None
     assert capsys.readouterr().out == "tuning for the CPU (GPU 0 (Fake GPU): torch does not see it)\n"
@@ -467,4 +469,7 @@ def test_all_of_it(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.Capture
     assert found["probe"]["gpu_compute"] and found["hardware"]["device"] == "cuda:Fake GPU"
     assert pick.main(["--run", str(tmp_path / "run"), "--objective", "memory"]) == 0
     picked = load_profile(tmp_path / "run" / "picked.yaml")
-    assert picked.match == profile.match and "picked.yaml" in capsys.readouterr().out
+    assert picked.match == profile.match
+    assert pick.main(["--run", str(tmp_path / "run"), "--list"]) == 0
+    said = capsys.readouterr().out
+    assert "picked.yaml" in said and said.count("peak GPU memory") == 2 + (" of its peak GPU memory" in said)

@@ -56,6 +56,8 @@ FALLBACKS = {
     "nvmlDeviceGetEnforcedPowerLimit": "nvmlDeviceGetPowerManagementLimit",
 }
 
+HANDLES = ("nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetIndex")
+
 
 @pytest.fixture(autouse=True)
 def no_pci(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
@@ -129,7 +131,7 @@ def test_a_library_that_does_not_start_leaves_only_its_status(code: int, status:
 
 
 def test_without_the_binding_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml, "_binding", lambda: None)
+    monkeypatch.setattr("runtime.nvml.binding", lambda: None)
     assert read_gpus().num_gpus.status is Status.LIBRARY_NOT_FOUND
     assert gpu_state(0).status is Status.LIBRARY_NOT_FOUND
 
@@ -269,6 +271,6 @@ def test_this_machine_answers_whatever_it_has() -> None:
     assert len(readings.gpus) == (readings.num_gpus.value or 0)
 
 
-@pytest.mark.parametrize("name", [*SOURCES, *FALLBACKS, *FALLBACKS.values(), "nvmlDeviceGetHandleByUUID"])
+@pytest.mark.parametrize("name", [*SOURCES, *FALLBACKS, *FALLBACKS.values(), *HANDLES])
 def test_the_fake_has_the_names_of_the_real_binding(name: str) -> None:
     assert hasattr(pytest.importorskip("pynvml"), name)

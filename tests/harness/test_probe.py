@@ -54,7 +54,16 @@ def test_the_text_names_what_was_measured(tiny_checkpoint: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
-    "line", ["--model {here}", "--gpu 3", "--seconds 0", "--seconds nan", "--seconds inf", "--gpu 0 --device cpu"]
+    "line",
+    [
+        "--model {here}",
+        "--gpu 3",
+        "--seconds 0",
+        "--seconds nan",
+        "--seconds inf",
+        "--gpu 0 --device cpu",
+        "--device cuda:0",
+    ],
 )
 def test_mistakes_are_one_line_and_exit_2(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([word.format(here=tmp_path) for word in line.split()]) == 2
@@ -64,7 +73,7 @@ def test_mistakes_are_one_line_and_exit_2(line: str, tmp_path: Path, capsys: pyt
 
 def test_a_gpu_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(DeviceError, match=r"--gpu 1: .*CUDA; run with --device cpu"):
+    with pytest.raises(DeviceError, match=r"--gpu 1: this torch \(.*\) sees no GPU; .* \(--device cpu\)"):
         check_gpu(1, read_gpus(FakeNvml()))
     none = NvmlReadings(Reading(0), Reading("580"))
     with pytest.raises(DeviceError, match="no GPU at all; run with --device cpu"):
@@ -72,7 +81,7 @@ def test_a_gpu_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gpu_is_found_by_its_uuid_in_whatever_order_cuda_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.hardware.cuda_copies import cuda_index
+    from runtime.devices import cuda_index
 
     uuids = ["9", "1"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -87,7 +96,7 @@ def test_with_a_gpu_its_copies_are_timed_and_its_link_judged(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = FakeDevice()
-    monkeypatch.setattr("harness.hardware.cuda_copies.cuda_index", lambda uuid: 0)
+    monkeypatch.setattr("runtime.devices.cuda_index", lambda uuid: 0)
     monkeypatch.setattr("harness.hardware.cuda_copies.CudaCopies", lambda index: device)
     monkeypatch.setattr(probe, "gpu_state", lambda which: device.state())
     computed = list[str]()

@@ -172,6 +172,14 @@ def test_a_higher_peak_is_a_regression_on_the_command_line(start: Any, capsys: p
     assert "peak memory 1.61 GB, promised 1.07 GB" in capsys.readouterr().out
 
 
+def test_memory_of_a_gpu_is_called_so() -> None:
+    told = {"match.device": "cuda:Some GPU", "objectives.peak_memory_bytes": 10**9}
+    promised = Promise.of(Profile.default().with_overrides(told))
+    verdict, why = judge(promised, Ratio(0.8, 0.7, 0.9, 6), 2 * 10**9)
+    assert verdict is Verdict.REGRESSION and why == "peak GPU memory 2.00 GB, promised 1.00 GB"
+    assert promised.describe(None, 10**9) == "no gain in latency, peak GPU memory 1.00 GB"
+
+
 def test_noise_is_inconclusive(start: Any, capsys: pytest.CaptureFixture[str]) -> None:
     noisy = [0.4, 1.6, 0.5, 1.5, 0.6, 1.4]
     code, _ = start(lambda name, n: ok(100.0 * noisy[n - 1] if name == "profile" else 100.0), "--pairs", "6")
@@ -250,7 +258,7 @@ def test_a_profile_of_a_gpu_cannot_be_judged_without_one(start: Any, capsys: pyt
 @pytest.mark.parametrize("named", [["--gpu", "0"], ["--device", "cuda:0"]])
 def test_a_gpu_that_is_named_and_not_there(start: Any, named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert start(_latency(0.66), *named, **_GPU)[0] == 2
-    assert capsys.readouterr().err.endswith("sees no GPU; compute on the CPU instead\n")
+    assert capsys.readouterr().err.endswith(", or compute on the CPU (--device cpu)\n")
     assert check.main(named) == 2
     assert "does nothing here: it belongs to --profile" in capsys.readouterr().err
 

@@ -273,3 +273,11 @@ def test_a_gpu_records_with_what_its_own_memory_holds(
     assert opened == [("load_reference" if is_resident else "load", gpu)]
     assert trace.num_tokens > 0 and "--device cuda:1" in trace.meta["command"]
     assert f"memory of {gpu}" in capsys.readouterr().err
+
+
+def test_a_limit_is_not_called_free_memory(
+    tiny_checkpoint: Path, workload: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--workload", workload, "--part", "all", "--prompt-tokens", 8, "--output-tokens", 2)
+    _record(tiny_checkpoint, tmp_path / "t.npz", *sizes, "--set", "limits.max_memory_bytes=1GiB")
+    assert "in memory (1.07 GB are allowed)" in capsys.readouterr().err
