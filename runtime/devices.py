@@ -60,8 +60,8 @@ def cuda_index(uuid: str | None) -> int:
     seen = [_uuid(index) for index in range(count)]
     if uuid not in seen:
         raise DeviceError(
-            f"torch does not see the GPU {uuid}; check CUDA_VISIBLE_DEVICES, name a part of a GPU (MIG) by torch's number "
-            f"(--device cuda:0), or {_ON_THE_CPU}"
+            f"torch does not see the GPU {uuid}; check CUDA_VISIBLE_DEVICES, name a part of a GPU (MIG) by torch's "
+            f"number (--device cuda:0), or {_ON_THE_CPU}"
         )
     return seen.index(uuid)
 
