@@ -21,10 +21,11 @@ from runtime.cache.residency import Residency
 from runtime.devices import in_turn, is_gpu
 from runtime.engine import Engine
 from runtime.errors import BudgetError, UnsupportedModelError
-from runtime.experts import IMPLEMENTATION, KERNELS, ExpertSource, Kernel, LayerRunner, ResidentSource, register
+from runtime.experts import IMPLEMENTATION, ExpertSource, LayerRunner, ResidentSource, register
 from runtime.facts import ModelFacts, pool_layers, resolve, top_k_of, wanted_slots
 from runtime.host_experts import HostLayer
 from runtime.host_memory import HostPlan, PoolNeed, host_memory, plan_host
+from runtime.kernels import KERNELS, Kernel
 from runtime.loading import choose
 from runtime.miss_rates import rates_of
 from runtime.model import LoadedModel, load_offloaded, load_resident, routers_and_norms

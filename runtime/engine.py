@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from runtime import machine
 from runtime.devices import peak_bytes
 from runtime.errors import UsageError
-from runtime.experts import Kernel, LayerRunner, Reroute
+from runtime.experts import LayerRunner, Reroute
+from runtime.kernels import Kernel
 from runtime.latency import LatencyWatch
 from runtime.model import read_tokenizer
 from runtime.passes import PassTracker

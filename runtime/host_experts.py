@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from runtime.errors import UnsupportedModelError
-from runtime.experts import Arrival, GemvKernel
+from runtime.kernels import Arrival, GemvKernel
 
 FEW_ROWS = 2
 """Rows of an expert up to which `gemv` can be faster than torch's matrix products: on CPUs without instructions for

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from runtime.cache.miss import MissRates
-from runtime.experts import HostArrival
 from runtime.host_experts import FEW_ROWS, HostLayer
+from runtime.kernels import HostArrival
 from runtime.pool import Pool
 from runtime.readback import upload
 from runtime.transfer.base import Transfer

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime.experts import Arrival, HostArrival, Weights
+from runtime.kernels import Arrival, HostArrival, Weights
 from runtime.predictors.base import Observation
 from runtime.readback import as_array
 from runtime.vocabulary import Load, LoadReason, Pass

@@ -29,8 +29,8 @@ from runtime import build, generate
 from runtime.cache.miss import MissRates
 from runtime.engine import Engine
 from runtime.errors import UnsupportedModelError
-from runtime.experts import KERNELS, Arrival, HostArrival
 from runtime.host_experts import HostLayer
+from runtime.kernels import KERNELS, Arrival, HostArrival
 from runtime.profile import Evidence, Profile, load_profile, save_profile
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}

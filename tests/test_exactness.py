@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 import runtime
 from runtime.engine import Engine
 from runtime.errors import TraceError, UnsupportedModelError
-from runtime.experts import KERNELS as KERNEL_CLASSES
 from runtime.facts import ModelFacts, describe, top_k_of
+from runtime.kernels import KERNELS as KERNEL_CLASSES
 from runtime.model import model_class
 from runtime.vocabulary import Phase
 

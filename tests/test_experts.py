@@ -13,8 +13,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from runtime import experts
-from runtime.experts import Arrival, EagerKernel, GroupedKernel, Kernel
+from runtime.kernels import Arrival, EagerKernel, GroupedKernel, Kernel, base, rows
 
 HIDDEN, TOP_K, EXPERTS = 32, 2, 3
 
@@ -108,7 +107,8 @@ def test_many_tokens_at_once_or_a_few_at_a_time(
         expected += share * ((torch.nn.functional.silu(gate) * up) @ module.down_proj[expert].T)
     torch.testing.assert_close(at_once, expected)
     for num_bytes in (1, 5 * TOP_K * num_columns * 4):
-        monkeypatch.setattr(experts, "_AT_ONCE_BYTES", num_bytes)
+        for holder in (base, rows):
+            monkeypatch.setattr(holder, "AT_ONCE_BYTES", num_bytes)
         assert torch.equal(result(), at_once)
 
 

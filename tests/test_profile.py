@@ -323,6 +323,6 @@ def test_the_policies_are_those_that_exist() -> None:
 
 
 def test_the_kernels_are_those_that_exist() -> None:
-    from runtime.experts import KERNELS
+    from runtime.kernels import KERNELS
 
     assert set(schema.DECODE_KERNELS) | set(schema.PREFILL_KERNELS) == set(KERNELS)

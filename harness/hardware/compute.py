@@ -21,7 +21,7 @@ from runtime import machine
 if TYPE_CHECKING:
     import torch
 
-    from runtime.experts import Arrival, Kernel
+    from runtime.kernels import Arrival, Kernel
     from runtime.model import LoadedModel
     from runtime.transfer.layout import ExpertLayer
 
@@ -111,7 +111,7 @@ def _thread_counts(num_cores: int) -> list[int]:
 
 
 def _kernels(device: torch.device) -> dict[str, type[Kernel]]:
-    from runtime.experts import KERNELS
+    from runtime.kernels import KERNELS
 
     return {name: kernel for name, kernel in KERNELS.items() if device.type == "cpu" or name != CPU_KERNEL}
 
@@ -177,7 +177,7 @@ class _Steps:
             torch.cuda.synchronize(self._device)
 
     def _arrivals(self) -> Iterator[Arrival]:
-        from runtime.experts import Arrival
+        from runtime.kernels import Arrival
 
         for expert in range(self._top_k):
             yield Arrival(expert, self._experts[self._next])

@@ -17,7 +17,8 @@ import torch
 from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
 from runtime.cache.residency import Residency
-from runtime.experts import Arrival, Kernel, LayerRunner
+from runtime.experts import LayerRunner
+from runtime.kernels import Arrival, Kernel
 from runtime.pool import OffloadedSource, Pool
 from runtime.predictors.base import NoPredictor, Predictor
 from runtime.transfer.cuda import CudaTransfer

@@ -12,7 +12,7 @@ from transformers import GptOssConfig, NemotronHConfig
 
 from harness.hardware import compute
 from harness.hardware.compute import TOKENS, computing, measure_experts
-from runtime.experts import KERNELS
+from runtime.kernels import KERNELS
 from runtime.model import meta_model
 
 
