@@ -257,6 +257,21 @@ class CudaTransfer(Transfer):
                 self._harvest()
 
     @_alone
+    def recover(self) -> None:
+        """See `Transfer.recover`."""
+        self.drain()
+        self._bytes_under_way = 0
+        if lost := list(self._queue.under_way):  # the interrupt came between a copy and the note of it
+            with contextlib.suppress(RuntimeError):  # a device that was lost
+                for lane in _LANES:
+                    self._streams.record(end := self._event(), lane)
+                    self._streams.synchronize(end)
+            for load in lost:
+                self._under_way.pop(load, None)
+                self._awaited.discard(load)
+                self._queue.finish(load, "interrupted", load.num_taken - load.num_done)
+
+    @_alone
     def stats(self) -> TransferStats:
         """See `Transfer.stats`."""
         self._harvest()
@@ -285,8 +300,8 @@ class CudaTransfer(Transfer):
     def _await(self, load: QueuedLoad) -> int:
         """Make the compute stream wait for a load whose copies are all enqueued."""
         flights = self._under_way[load]
-        flights[-1].wanted = wanted = self._event()
-        self._streams.record(wanted, Lane.COMPUTE)
+        self._streams.record(wanted := self._event(), Lane.COMPUTE)
+        flights[-1].wanted = wanted
         for flight in flights:
             self._streams.wait(flight.end, Lane.COMPUTE)
         self._awaited.add(load)
@@ -370,7 +385,10 @@ class CudaTransfer(Transfer):
         self._bytes_under_way -= flight.num_bytes
         self._under_way[flight.load].remove(flight)
         if not error:
-            self._clock(flight)
+            try:
+                self._clock(flight)
+            except RuntimeError as lost:  # since it was said to be done
+                error = str(lost)
         self._finish(flight.load, flight.num_pieces, error)
 
     def _finish(self, load: QueuedLoad, num_pieces: int, error: str) -> None:
