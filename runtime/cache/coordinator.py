@@ -113,32 +113,36 @@ class Coordinator:
                 the engine stays usable.
         """
         num_tokens = len(observation.experts)
-        self._land(demand)
-        self._note_used_prefetches(demand)
-        self._note_lacked(layer, demand)
-        if self._is_streaming:
-            self.residency.keep_for_pass(layer)
-        if self.residency.foresees:  # what the layer chose says which victims are best; else loads need not wait for it
-            self._predict(layer, observation)
-        plan = self._plan(layer, demand, tokens, num_tokens)
-        self._hold(plan.computed)
-        self._act(plan)
-        if not self.residency.foresees:
-            self._predict(layer, observation)
-        if self._is_streaming:
-            self._begin_stream(layer, is_full=bool(plan.deferred))
-        else:
-            self._prefetch(layer, num_tokens)
-        if self._is_ring(plan):
-            yield from self._in_turn(layer, plan, num_tokens)
-            return
-        yield from self._arrivals(layer, plan)
-        while plan.deferred:
-            plan = self.residency.plan(layer, plan.deferred, [0] * len(plan.deferred), num_tokens, first=False)
-            if not (plan.hits or plan.awaited):
-                raise TransferError(_NO_SLOT)
+        try:
+            self._land(demand)
+            self._note_used_prefetches(demand)
+            self._note_lacked(layer, demand)
+            if self._is_streaming:
+                self.residency.keep_for_pass(layer)
+            if self.residency.foresees:  # what the layer chose says which victims are best; else loads do not wait
+                self._predict(layer, observation)
+            plan = self._plan(layer, demand, tokens, num_tokens)
+            self._hold(plan.computed)
             self._act(plan)
+            if not self.residency.foresees:
+                self._predict(layer, observation)
+            if self._is_streaming:
+                self._begin_stream(layer, is_full=bool(plan.deferred))
+            else:
+                self._prefetch(layer, num_tokens)
+            if self._is_ring(plan):
+                yield from self._in_turn(layer, plan, num_tokens)
+                return
             yield from self._arrivals(layer, plan)
+            while plan.deferred:
+                plan = self.residency.plan(layer, plan.deferred, [0] * len(plan.deferred), num_tokens, first=False)
+                if not (plan.hits or plan.awaited):
+                    raise TransferError(_NO_SLOT)
+                self._act(plan)
+                yield from self._arrivals(layer, plan)
+        except TransferError:
+            self.recover()
+            raise
 
     def _plan(self, layer: int, demand: Sequence[int], tokens: Sequence[int], num_tokens: int) -> Plan:
         """The first wave. A slot that is free is worth nothing: a miss fills it, whatever that takes."""
@@ -334,10 +338,6 @@ class Coordinator:
                 yield arrived
                 self._release(arrived, leased)
                 self._load_ahead(layer)
-        except TransferError:
-            self.settle()
-            leased = {expert for expert in leased if self.residency.slot_of(expert) >= 0}
-            raise
         finally:
             self._release(tuple(leased), leased)
 
@@ -374,19 +374,15 @@ class Coordinator:
                     self._stream_on(layer, 1)
                 else:
                     self._load_ahead(layer)
-        except TransferError:
-            self.settle()
-            leased = {expert for expert in leased if self.residency.slot_of(expert) >= 0}
-            raise
         finally:
             self._release(tuple(leased), leased)
 
     def _release(self, experts: Collection[int], leased: set[int]) -> None:
-        self.residency.release(experts)
         leased.difference_update(experts)
+        self.residency.release(experts)
 
     def settle(self) -> None:
-        """Forget every load that has not arrived, failed ones among them: nothing is under way any more."""
+        """Between passes: forget every load that has not arrived, failed ones among them. Nothing is under way then."""
         self.transfer.drain()
         self._drop_failed()
         for expert in self._loading():
@@ -402,7 +398,7 @@ class Coordinator:
         """
         self.residency.void_leases()
         self._let_go()
-        self.transfer.drain()
+        self.transfer.recover()
         with suppress(TransferError):  # the pass is lost already: no other one need hear of it
             self.transfer.submit(())
         self._drop_failed()

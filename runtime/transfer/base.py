@@ -94,6 +94,10 @@ class Transfer(ABC):
         """Cancel what is queued and block until nothing is under way, or nothing moves any more: then what is under way
         is given up. The transfer stays usable."""
 
+    def recover(self) -> None:
+        """`drain` after an interrupt, which may have come anywhere: what it left half done is given up, too."""
+        self.drain()
+
     @abstractmethod
     def stats(self) -> TransferStats:
         """A copy of the counters since the last `reset_stats`."""

@@ -262,6 +262,21 @@ class CudaTransfer(Transfer):
                 self._harvest()
 
     @_alone
+    def recover(self) -> None:
+        """See `Transfer.recover`."""
+        self.drain()
+        self._bytes_under_way = 0
+        if lost := list(self._queue.under_way):  # the interrupt came between a copy and the note of it
+            with contextlib.suppress(RuntimeError):  # a device that was lost
+                for lane in _LANES:
+                    self._streams.record(end := self._event(), lane)
+                    self._streams.synchronize(end)
+            for load in lost:
+                self._under_way.pop(load, None)
+                self._awaited.discard(load)
+                self._queue.finish(load, "interrupted", load.num_taken - load.num_done)
+
+    @_alone
     def stats(self) -> TransferStats:
         """See `Transfer.stats`."""
         self._harvest()
@@ -390,7 +405,7 @@ class CudaTransfer(Transfer):
         if not error:
             try:
                 self._clock(flight)
-            except RuntimeError as lost:
+            except RuntimeError as lost:  # since it was said to be done
                 error = str(lost)
         self._finish(flight.load, flight.num_pieces, error)
 

@@ -23,7 +23,7 @@ class HostRows:
         num_experts: of a layer, as the store counts them.
         num_bytes: of one expert in its slot. slot_bytes: the same in whole pages.
         arena: the rows. pinned_bytes: of it, from its start, that copies may have pinned.
-        residency: of the rows; `TieredTransfer` alone changes it.
+        residency: of the rows; `TieredTransfer` changes it, and who holds experts.
         is_placed: False where the kernel did not let the memory come from `node`.
 
     Args:
@@ -65,7 +65,7 @@ class HostRows:
         return {place.name: self.arena.view(row, place) for place in self.store.tensors(expert)}
 
     def hold(self, experts: Collection[int]) -> None:
-        """Keep experts of one layer that are in host memory there until they are released; they count as used."""
+        """Keep experts that are in host memory there until they are released; they count as used."""
         layers = {expert // self.num_experts for expert in experts}
         for layer in layers:
             own = [expert for expert in experts if expert // self.num_experts == layer]

@@ -180,15 +180,33 @@ class TieredTransfer(Transfer):
             self._take_back(climb)
         self._queue.cancel_queued()
         self._forget_cancelled()
-        while self._climbs:
+        while True:
             copies = [climb.copy for climb in self._climbs.values() if climb.copy is not None]
             for copy in copies:
                 self._copies.land(copy)
             if copies:
                 self._advance()
-                continue
-            with contextlib.suppress(TransferError):  # given up: what was under way has failed
-                self._bring_nearer(list(self._climbs.values()))
+            elif self._reads:
+                with contextlib.suppress(TransferError):  # given up: what was under way has failed
+                    self._bring_nearer(list(self._climbs.values()))
+            else:
+                return
+
+    def recover(self) -> None:
+        """See `Transfer.recover`. Nothing is held in the rows any more."""
+        self._copies.recover()
+        self._forget_cancelled()
+        for expert, read in list(self._reads.items()):
+            if read.state is LoadState.CANCELLED:
+                del self._reads[expert]
+        self.drain()
+        for climb in list(self._climbs.values()):
+            self._end(climb, "interrupted")
+        self._residency.void_leases()
+        for expert in self._residency.resident():
+            if self._residency.is_loading(expert):  # for nobody
+                self._disk.cancel(expert)
+                self._lose_row(expert)
 
     def stats(self) -> TransferStats:
         """See `Transfer.stats`."""
@@ -240,8 +258,8 @@ class TieredTransfer(Transfer):
     def _end_copies(self) -> None:
         for climb in list(self._climbs.values()):
             if climb.copy is not None and climb.copy.has_ended:
-                self._residency.release([climb.expert])
                 self._end(climb, climb.copy.error)
+                self._residency.release([climb.expert])
 
     def _end_reads(self) -> None:
         for expert, read in list(self._reads.items()):
@@ -250,9 +268,8 @@ class TieredTransfer(Transfer):
                 self._residency.complete([expert])
             elif read.has_failed:
                 self._lose_row(expert)
-                climb = self._climb_of(expert)
-                assert climb is not None, f"expert {expert} is read for nobody"
-                self._end(climb, read.error)
+                if (climb := self._climb_of(expert)) is not None:
+                    self._end(climb, read.error)
 
     def _end(self, climb: _Climb, error: str) -> None:
         del self._climbs[climb.load]
@@ -262,7 +279,7 @@ class TieredTransfer(Transfer):
     def _lose_row(self, expert: int) -> None:
         """Free the row of an expert that does not arrive; nobody may use it while something may write into it."""
         row = self._residency.slot_of(expert)
-        del self._reads[expert]
+        self._reads.pop(expert, None)
         self._residency.drop(expert)
         if self._disk.is_filling(row):
             self._residency.withhold(row)
@@ -309,12 +326,11 @@ class TieredTransfer(Transfer):
         if climb.load.state is not LoadState.QUEUED or not self._undo(climb):
             self._queue.take_rest(climb.load)
             return False
-        if climb.has_row:
-            if climb.copy is None and climb.expert in self._reads:
-                self._lose_row(climb.expert)
-            else:
-                self._residency.release([climb.expert])
-            climb.copy, climb.has_row = None, False
+        had_row, climb.has_row, climb.copy = climb.has_row, False, None
+        if had_row and climb.expert in self._reads:
+            self._lose_row(climb.expert)
+        elif had_row:
+            self._residency.release([climb.expert])
         return True
 
     def _undo(self, climb: _Climb) -> bool:

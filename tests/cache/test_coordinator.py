@@ -161,6 +161,37 @@ def test_a_failed_read_gives_everything_back_and_the_engine_goes_on() -> None:
     assert sorted(chain.from_iterable(_serve(coordinator, 0, [1, 2, 3, 4]))) == [1, 2, 3, 4]
 
 
+class Late(SimulatedTransfer):
+    """Says once, instead of queueing, that an expert was not ready after all."""
+
+    submissions_left = -1
+
+    def submit(self, loads: Sequence[Load]) -> None:
+        self.submissions_left -= bool(loads)
+        if self.submissions_left == 0:
+            raise TransferError("what was computed may be wrong")
+        super().submit(loads)
+
+
+@pytest.mark.parametrize("submission", [1, 2, 3])  # of the layer's loads, of prefetches, and of one that waited
+def test_what_was_never_submitted_has_not_arrived(submission: int) -> None:
+    transfer = Late(load_s=1.0)
+    predictor = Fixed([[], [3, 4], [], []])
+    residency = Residency(LAYERS, EXPERTS, 4, 2, "lru")
+    coordinator = Coordinator(residency, transfer, predictor, governor=Governor(1), prefetch_count=2)
+    for layer, experts in ((1, [3, 4]), (2, [0, 1, 2, 3])):  # 3 and 4 of layer 1 were loaded once, and have gone
+        _serve(coordinator, layer, experts)
+    transfer.submissions_left = submission
+    with pytest.raises(TransferError, match="may be wrong"):
+        _serve(coordinator, 0, [0, 1, 2])
+    residency.check_integrity()
+    for expert in residency.resident():
+        load = transfer._queue.find(expert)
+        assert load is not None and load.slot == residency.slot_of(expert)
+    assert not residency._leases.any()
+    assert sorted(chain.from_iterable(_serve(coordinator, 0, [0, 1, 2]))) == [0, 1, 2]
+
+
 def test_a_prefetch_that_failed_is_loaded_on_demand_and_hurts_nobody_before() -> None:
     coordinator = _coordinator(8, Fixed([[], [3, 4], [], []]), depth=1)
     transfer: Broken = coordinator.transfer  # type: ignore[assignment]

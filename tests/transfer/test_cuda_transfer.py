@@ -7,6 +7,7 @@ import random
 
 import pytest
 from fake_streams import FakeEvent, FakeStreams
+from interrupts import interrupted_at
 
 from runtime.errors import TransferError
 from runtime.transfer.cuda import CudaTransfer, Lane
@@ -239,6 +240,51 @@ def test_a_copy_that_fails_after_it_was_said_to_be_ready_is_said_once(asks: str)
     assert not transfer.is_filling(0) and transfer.stats().num_failed_loads == 2
     transfer.submit([demand(0, 0)])
     assert transfer.wait_any([0]) == [0] and not transfer.has_failed(0)
+
+
+class Clockless(FakeStreams):
+    """Lost since it said that a copy is done."""
+
+    def elapsed_s(self, begin: FakeEvent, end: FakeEvent) -> float:
+        raise RuntimeError("CUDA error: device lost")
+
+
+def test_a_device_that_is_lost_after_a_copy_has_ended_is_an_error_of_that_copy() -> None:
+    streams = Clockless(NUM_EXPERTS, NUM_SLOTS, NUM_BYTES)
+    transfer = CudaTransfer(streams, NUM_SLOTS)
+    transfer.submit([Load(3, 0, LoadReason.DEMAND)])
+    streams.run()
+    with pytest.raises(TransferError, match="device lost"):
+        transfer.wait_any([3])
+    assert transfer.has_failed(3) and not transfer.is_filling(0)
+    transfer.close()
+
+
+def test_an_interrupt_anywhere_leaves_every_slot_usable() -> None:
+    line, num_interrupted = 0, 0
+    while line == num_interrupted:
+        line += 1
+        streams = FakeStreams(NUM_EXPERTS, NUM_SLOTS, NUM_BYTES, line)
+        transfer = CudaTransfer(streams, NUM_SLOTS, piece_bytes=PIECE_BYTES)
+        with interrupted_at(line, ["transfer/cuda.py"]) as interrupt:
+            transfer.submit([Load(1, 0, LoadReason.DEMAND), Load(2, 1, LoadReason.DEMAND)])
+            transfer.submit([Load(3, 2, LoadReason.PREFETCH)])
+            transfer.wait_any([1])
+            streams.step()
+            transfer.submit([Load(4, 0, LoadReason.DEMAND)])
+            transfer.drain()
+        transfer.recover()
+        assert not any(map(transfer.is_filling, range(NUM_SLOTS)))
+        loads = [Load(expert, slot, LoadReason.DEMAND) for slot, expert in enumerate((5, 1, 4, 3))]
+        transfer.submit(loads)
+        for expert, slot, _ in loads:
+            assert transfer.wait_any([expert]) == [expert]
+            streams.read(slot, expert)
+        streams.run()
+        transfer.close()
+        assert not streams.wrong
+        num_interrupted += interrupt.has_come
+    assert num_interrupted > 100
 
 
 def test_events_are_used_again() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import interrupted_at
 from tiers import FakeDisk, RowStreams, split_store
 
 from runtime.errors import TransferError
@@ -329,6 +330,24 @@ def test_an_expert_that_is_wanted_in_another_slot_while_it_comes(store: ExpertSt
         tiers.streams.read(slot, expert)
     tiers.end()
     assert tiers.disk.read.count(6) == 1 and tiers.transfer.stats().num_loads == 2
+
+
+def test_an_interrupt_anywhere_leaves_every_slot_and_row_usable(store: ExpertStore) -> None:
+    line, num_interrupted = 0, 0
+    while line == num_interrupted:
+        line += 1
+        tiers = Tiers(store, 3, 3, seed=line)
+        with interrupted_at(line, ["transfer/tiered.py", "transfer/host_rows.py"]) as interrupt:
+            for _ in range(2):
+                tiers.serve()
+        tiers.transfer.recover()
+        tiers.resident = {}
+        assert not any(map(tiers.transfer.is_filling, range(3)))
+        for _ in range(3):
+            tiers.serve()
+        tiers.end()
+        num_interrupted += interrupt.has_come
+    assert num_interrupted > 100
 
 
 def test_weights_are_views_of_the_row(store: ExpertStore) -> None:
