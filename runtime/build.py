@@ -1,60 +1,39 @@
-"""The composition root: a profile becomes an engine. The only place that names concrete classes."""
+"""The composition root: a profile becomes an engine. The only place that names concrete classes, together with
+`build_tiers` (where experts rest) and `build_predictors` (what is known of them before their routers speak)."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from runtime import machine, numa
+from runtime import machine
+from runtime.build_predictors import build_predictor, build_substitutions, ranked_lookahead
+from runtime.build_tiers import Tier, cpu_tier, gpu_tier, plan_host_tier
 from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
 from runtime.cache.miss import Misses, MissSplit
-from runtime.cache.policies import FORESEEING
 from runtime.cache.residency import Residency
 from runtime.devices import in_turn, is_gpu
 from runtime.engine import Engine
-from runtime.errors import BudgetError, UnsupportedModelError
+from runtime.errors import BudgetError
 from runtime.experts import IMPLEMENTATION, ExpertSource, LayerRunner, ResidentSource, register
-from runtime.facts import ModelFacts, pool_layers, resolve, top_k_of, wanted_slots
+from runtime.facts import ModelFacts, pool_layers, resolve, wanted_slots
 from runtime.host_experts import HostLayer
-from runtime.host_memory import HostPlan, PoolNeed, host_memory, plan_host
 from runtime.kernels import KERNELS, Kernel
 from runtime.loading import choose
 from runtime.miss_rates import rates_of
-from runtime.model import LoadedModel, load_offloaded, load_resident, routers_and_norms
+from runtime.model import LoadedModel, load_offloaded, load_resident
 from runtime.passes import PassTracker
-from runtime.pool import ExpertPlaces, HostWeights, OffloadedSource, Pool, Slots
-from runtime.predictors.artifact import RoutingShape
-from runtime.predictors.base import NoPredictor, Predictor, RoutePredictor
-from runtime.predictors.gate_lookahead import (
-    GateLookahead,
-    LookaheadRouter,
-    RankedLookahead,
-    RouterInput,
-    lookahead_router,
-)
-from runtime.predictors.make import PredictorSpec, make_predictor
-from runtime.predictors.params import LEARNING
-from runtime.profile import LOSSY, Profile, Tiers
+from runtime.pool import OffloadedSource, Pool
+from runtime.predictors.base import NoPredictor, Predictor
+from runtime.profile import LOSSY, Profile
 from runtime.readback import Reader, reader_for
-from runtime.substitute import PHASES, Substitution, substitution_of
-from runtime.transfer.base import Transfer
-from runtime.transfer.cuda import CudaTransfer
-from runtime.transfer.cuda_streams import CudaStreams, pins_beyond
-from runtime.transfer.device_slots import DeviceSlots
-from runtime.transfer.disk import DiskTransfer
-from runtime.transfer.host_rows import HostRows
-from runtime.transfer.host_slab import HostSlab, slab_slot_bytes
-from runtime.transfer.slots import SlotArena
 from runtime.transfer.store import ExpertStore
-from runtime.transfer.tiered import TieredTransfer
 from runtime.vocabulary import Load, Phase
 
 _log = logging.getLogger(__name__)
@@ -143,26 +122,6 @@ def load_reference(
     return Engine(loaded.model, profile, checkpoint, runners, kernels, passes, **_for_traces(loaded, read))
 
 
-def build_routes(engine: Engine) -> RoutePredictor | None:
-    """What predicts routes for a token scheduler: the trained `routing_path` of the engine's profile, if it has one."""
-    section = engine.profile.predictor
-    if section.kind != "routing_path" or section.artifact is None or engine.num_pools > 1:
-        return None
-    return route_predictor(engine, Path(section.artifact), section.params)
-
-
-def route_predictor(engine: Engine, artifact: Path, params: Mapping[str, Any] | None = None) -> RoutePredictor:
-    """A new routing path predictor: a scheduler's is asked in another thread than the one that prefetching goes by.
-
-    Raises:
-        ArtifactError: see `read_artifact`.
-    """
-    shape = RoutingShape(*engine.routing_shape, top_k_of(engine.model.config) or 1)
-    found = make_predictor(PredictorSpec("routing_path", artifact, params or {}), shape)
-    assert isinstance(found, RoutePredictor)
-    return found
-
-
 def for_device(profile: Profile, device: torch.device) -> tuple[Profile, list[str]]:
     """The profile with what runs on `device`, and notes on what was changed."""
     changed: dict[str, Any] = {}
@@ -220,22 +179,22 @@ def _build_pools(
     stores = [ExpertStore.open(loaded.model, loaded.files, [loaded.layers[i] for i in layers]) for layers in members]
     if total < len(members):
         raise BudgetError(f"{total} slots for {len(members)} shapes of experts: each needs at least 1; raise the limit")
-    host = _plan_host(stores, profile, facts, device) if is_gpu(device) else None
+    host = plan_host_tier(stores, profile, facts, device) if is_gpu(device) else None
     if host is not None:
         notes.append(host.describe())
     for number, (layers, store) in enumerate(zip(members, stores, strict=True)):
         share = sum(loaded.layers[i].num_experts for i in layers) / facts.num_experts_total
-        predictor, inputs, note = _build_predictor(loaded, layers, profile)
+        predictor, inputs, note = build_predictor(loaded, layers, profile)
         num_slots = max(1, int(total * share))
         if host is None:
-            tier = _tier(store, num_slots, profile)
+            tier = cpu_tier(store, num_slots, profile)
         else:
-            tier = _gpu_tier(store, num_slots, profile, facts, device, host, number)
+            tier = gpu_tier(store, num_slots, profile, facts, device, host, number)
         pool = _build_pool(tier, len(layers), predictor, profile, facts, needed)
         hosts, miss_notes = _compute_misses(loaded, layers, pool, profile, device)
         note += tier.notes + miss_notes
         passes.listeners.append(pool.coordinator.begin)
-        substitutions = _substitutions(loaded, layers, pool, profile, passes)
+        substitutions = build_substitutions(loaded, layers, pool, profile, passes)
         for turn, (index, router_input, substitution) in enumerate(zip(layers, inputs, substitutions, strict=True)):
             sources[index] = OffloadedSource(
                 pool, turn, lambda: passes.current, router_input, substitution, asks_ahead=asks_ahead
@@ -244,94 +203,6 @@ def _build_pools(
         pools.append(pool)
         notes.extend(note)
     return pools, [sources[index] for index in range(len(loaded.layers))], notes
-
-
-class _Tier(NamedTuple):
-    """Where the experts of a pool rest, the slots that they come into, what brings them there, and whence they may be
-    computed instead."""
-
-    places: ExpertPlaces
-    slots: Slots
-    transfer: Transfer
-    notes: list[str]
-    host: HostWeights | None = None
-
-
-def _tier(store: ExpertStore, num_slots: int, profile: Profile) -> _Tier:
-    """From disk to host memory, for the CPU."""
-    arena = SlotArena(num_slots, store.slot_bytes)
-    return _Tier(store, arena, DiskTransfer(store, arena, io_threads=profile.transfer.io_threads), [])
-
-
-def _plan_host(stores: Sequence[ExpertStore], profile: Profile, facts: ModelFacts, device: torch.device) -> HostPlan:
-    """Where the experts of a GPU's model will rest; said in the log before any of their memory is taken.
-
-    Raises:
-        BudgetError: the host has no room for them.
-    """
-    memory = host_memory()
-    limit = memory.memlock_bytes
-    if limit is not None and device.type == "cuda" and pins_beyond(limit, device):
-        memory = replace(memory, memlock_bytes=None)
-    needs = [
-        PoolNeed(len(store.experts), slab_slot_bytes(store), store.slot_bytes, min(facts.top_k, store.num_experts))
-        for store in stores
-    ]
-    plan = plan_host(needs, memory, profile.tiers.host_bytes if profile.tiers is not None else None)
-    _log.info(plan.describe())
-    return plan
-
-
-def _gpu_tier(
-    store: ExpertStore,
-    num_slots: int,
-    profile: Profile,
-    facts: ModelFacts,
-    device: torch.device,
-    host: HostPlan,
-    number: int,
-) -> _Tier:
-    """From host memory, into which experts are read now: all of them, or as many as `host` has rows for in pool
-    `number`; the others come from disk when they are needed.
-
-    Raises:
-        BudgetError: the device has no room for the slots.
-        TransferError: an expert cannot be read.
-    """
-    share, io_threads, num_streams = host.shares[number], profile.transfer.io_threads, profile.transfer.streams
-    node, notes = _node(device)
-    rows: HostSlab | HostRows
-    if host.holds_all:
-        rows = HostSlab(store, io_threads=io_threads, num_pinned=share.num_pinned, node=node)
-    else:
-        policy = (profile.tiers or Tiers()).host_policy
-        rows = HostRows(store, share.num_rows, num_pinned=share.num_pinned, top_k=facts.top_k, policy=policy, node=node)
-    if not rows.is_placed:
-        notes.append(f"the kernel does not place memory on NUMA node {node}, which {device} is near: it may be farther")
-    slots = DeviceSlots(num_slots, rows.slot_bytes, device)
-    notes.append(f"{num_slots} slots on {device}, {machine.format_bytes(num_slots * slots.slot_bytes)}")
-    streams = CudaStreams(rows, slots, num_streams)
-    notes += streams.notes
-    copies = CudaTransfer(streams, num_slots, store.describe)
-    weights = None if profile.miss == "copy" else rows
-    if isinstance(rows, HostSlab):
-        return _Tier(rows, slots, copies, notes, weights)
-    disk = DiskTransfer(store, rows.arena, io_threads=io_threads)
-    transfer = TieredTransfer(rows, disk, copies, num_slots, store.describe)
-    try:
-        transfer.fill(store.experts)
-    except BaseException:
-        transfer.close()
-        raise
-    return _Tier(rows, slots, transfer, notes, weights)
-
-
-def _node(device: torch.device) -> tuple[int | None, list[str]]:
-    """The NUMA node near a GPU; None where there is but one, or, with a note, where it is not known."""
-    if device.type != "cuda" or len(numa.nodes()) < 2:
-        return None, []
-    node = numa.gpu_node(device.index)
-    return node, [] if node is not None else [f"which NUMA node {device} is near is not known: it may be a farther one"]
 
 
 def _compute_misses(
@@ -360,7 +231,7 @@ def _compute_misses(
 
 
 def _build_pool(
-    tier: _Tier,
+    tier: Tier,
     num_layers: int,
     predictor: Predictor,
     profile: Profile,
@@ -391,29 +262,6 @@ def _governor(predictor: Predictor, profile: Profile) -> Governor:
     return Governor(depth, adaptive=section.adaptive, on_trial=on_trial)
 
 
-def _substitutions(
-    loaded: LoadedModel, layers: list[int], pool: Pool, profile: Profile, passes: PassTracker
-) -> list[Substitution | None]:
-    """What reroutes each layer of a pool: nothing, unless the profile asks for it.
-
-    Raises:
-        UnsupportedModelError: its routers do not say what it takes.
-    """
-    if profile.numerics not in LOSSY:
-        return [None] * len(layers)
-    routers = _lookahead_routers(loaded, layers)
-    if isinstance(routers, str):
-        family = loaded.model.config.model_type
-        raise UnsupportedModelError(
-            f"numerics {profile.numerics} cannot be had for {family}: {routers}; set numerics: exact"
-        )
-    residency, phases = pool.coordinator.residency, PHASES[profile.numerics]
-    return [
-        substitution_of(router.module, residency, turn, lambda: passes.current.phase in phases)
-        for turn, router in enumerate(routers)
-    ]
-
-
 def _inexact_notes(profile: Profile) -> list[str]:
     if profile.numerics not in LOSSY and profile.miss == "copy":
         return []
@@ -427,57 +275,10 @@ def _inexact_notes(profile: Profile) -> list[str]:
     return [f"numerics {profile.numerics}: results differ from the exact model's, {known}"]
 
 
-def _build_predictor(
-    loaded: LoadedModel, layers: list[int], profile: Profile
-) -> tuple[Predictor, list[Callable[[], torch.Tensor | None]], list[str]]:
-    """The predictor of a pool, what to show it of each layer, and notes."""
-    nothing: list[Callable[[], torch.Tensor | None]] = [lambda: None] * len(layers)
-    section, num_experts = profile.predictor, loaded.layers[layers[0]].num_experts
-    is_asked = profile.prefetch.depth > 0 or profile.cache.policy in FORESEEING or profile.numerics in LOSSY
-    if section.kind == "none" or not is_asked:
-        return NoPredictor(), nothing, []
-    if section.kind != "gate_lookahead":
-        if section.artifact is not None and len(layers) < len(loaded.layers):
-            return NoPredictor(), nothing, [f"{section.kind} is not available for a model with several expert shapes"]
-        artifact, notes = None if section.artifact is None else Path(section.artifact), []
-        if artifact is not None and section.kind in LEARNING and not os.path.exists(artifact):
-            notes.append(f"{artifact} is not there yet: {section.kind} starts with nothing learned")
-            artifact = None
-        shape = RoutingShape(len(layers), num_experts, top_k_of(loaded.model.config) or 1)
-        spec = PredictorSpec(section.kind, artifact, section.params, section.every, section.every_unit)
-        return make_predictor(spec, shape), nothing, notes
-    found = _lookahead_routers(loaded, layers)
-    if isinstance(found, str):
-        why = f"gate_lookahead is not available for this model, nothing is prefetched: {found}"
-        return NoPredictor(), nothing, [why]
-    predictor = GateLookahead(found, num_experts, max(profile.prefetch.depth, 1))
-    return predictor, [RouterInput(router.module) for router in found], []
-
-
-def _lookahead_routers(loaded: LoadedModel, layers: Sequence[int]) -> list[LookaheadRouter] | str:
-    """The routers of `layers`, ready to be asked; else the reason why one of them cannot be."""
-    hidden_size = loaded.model.config.get_text_config().hidden_size
-    found: list[LookaheadRouter] = []
-    pairs = routers_and_norms(loaded)
-    for index in layers:
-        router, norm = pairs[index]
-        asked = "no router beside the experts" if router is None else lookahead_router(router, norm, hidden_size)
-        if isinstance(asked, str):
-            return asked
-        found.append(asked)
-    return found
-
-
-def _ranked_lookahead(loaded: LoadedModel, depth: int) -> RankedLookahead | str:
-    """The lookahead that traces record, over all MoE layers of the model, whatever their pools."""
-    routers = _lookahead_routers(loaded, range(len(loaded.layers)))
-    return routers if isinstance(routers, str) else RankedLookahead(routers, depth)
-
-
 def _for_traces(loaded: LoadedModel, read: Reader) -> dict[str, Any]:
     """What an engine needs beside itself to record a trace."""
     return {
         "expert_bytes": max(layer.expert_bytes for layer in loaded.layers),
-        "ranked_lookahead": partial(_ranked_lookahead, loaded),
+        "ranked_lookahead": partial(ranked_lookahead, loaded),
         "read": read,
     }

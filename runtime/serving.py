@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 
 from runtime.batch_stats import BatchResult, RoutingWatch
 from runtime.batching import ContinuousScheduler, ServedState, Sizes, batch_processor, context_of, kv_tokens, served_by
-from runtime.build import build_routes
+from runtime.build_predictors import build_routes
 from runtime.engine import Engine
 from runtime.errors import UnsupportedModelError
 from runtime.latency import LatencyWatch

@@ -13,7 +13,7 @@ import pytest
 from tiny import save_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from runtime import build
+from runtime import build_tiers
 from runtime.facts import describe
 from runtime.generate import main
 from runtime.profile import Profile, save_profile
@@ -111,7 +111,7 @@ def test_a_read_that_fails_in_the_middle_of_generation(
             raise OSError(5, "Input/output error")
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(build, "DiskTransfer", partial(build.DiskTransfer, read=fail_later))
+    monkeypatch.setattr(build_tiers, "DiskTransfer", partial(build_tiers.DiskTransfer, read=fail_later))
     said = _refused(capsys, "--model", str(checkpoint), "--set", "cache.slots=2", "--set", "transfer.io_threads=1")
     assert "Input/output error" in said and "model.safetensors" in said and "MoE layer" in said
 

@@ -25,7 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import runtime
 from harness import quality
-from runtime import build, generate
+from runtime import build, build_tiers, generate
 from runtime.cache.miss import MissRates
 from runtime.engine import Engine
 from runtime.errors import UnsupportedModelError
@@ -41,7 +41,7 @@ COMPUTE = {"miss": "compute", "numerics": "equivalent", "prefetch.depth": 0}
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "CudaStreams", LateStreams)
+    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
     monkeypatch.setattr(build, "is_gpu", lambda device: True)
 
 

@@ -21,7 +21,7 @@ from late_streams import LateStreams
 from tiny import EXPERTS, VOCABULARY, save_tiny
 
 import runtime
-from runtime import build
+from runtime import build, build_tiers
 from runtime.cache.miss import MissRates
 from runtime.cache.policies import POLICIES
 from runtime.engine import Engine
@@ -280,7 +280,7 @@ class Life:
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_whatever_is_combined_and_whatever_happens(seed: int, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = Drawn(seed)
-    monkeypatch.setattr(build, "CudaStreams", MovingStreams)
+    monkeypatch.setattr(build_tiers, "CudaStreams", MovingStreams)
     monkeypatch.setattr(build, "is_gpu", lambda device: True)
     monkeypatch.setattr(build, "rates_of", lambda pool, layers, device: drawn.rates)
     monkeypatch.setattr(build, "reader_for", lambda device: WaitingReader() if drawn.waits else HostReader())

@@ -18,7 +18,7 @@ from harness import gpu_bench
 from harness.measure import contenders, gpu_contest, gpu_runs, gpu_systems, process
 from harness.measure.process import ContenderFailed, Spec
 from harness.report.gpu import markdown
-from runtime import build, devices
+from runtime import build, build_tiers, devices
 from runtime.devices import CPU
 from runtime.transfer.cuda import Lane
 
@@ -74,7 +74,7 @@ class Processes:
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU in this process: its memory is the host's, its copies are late, its peak is what `Memory` says."""
-    monkeypatch.setattr(build, "CudaStreams", LateStreams)
+    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
     monkeypatch.setattr(build, "is_gpu", lambda device: True)
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
@@ -216,7 +216,7 @@ def test_synchronous_copies_are_waited_for_by_the_host(
             copied.append(expert)
             super().copy(lane, expert, slot, start, num_bytes)
 
-    monkeypatch.setattr(build, "CudaStreams", Watched)
+    monkeypatch.setattr(build_tiers, "CudaStreams", Watched)
     systems = bench(tmp_path, *only("LRU, synchronous"))["systems"]
     assert len(copied) > 100 and not late
     assert systems["LRU, synchronous"]["equal_tokens"] == 14, "something was computed before its copy"

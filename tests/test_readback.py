@@ -19,7 +19,7 @@ from tiny import LAYERS, TOP_K, save_tiny
 
 import runtime
 from harness.measure.runner import Decoder
-from runtime import build, passes
+from runtime import build, build_predictors, build_tiers, passes
 from runtime.errors import DeviceError, UsageError
 from runtime.predictors import gate_lookahead
 from runtime.predictors.gate_lookahead import plain_top_k
@@ -114,7 +114,7 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> list[CudaReader]:
         made.append(CudaReader(LateDriver()))
         return made[-1]
 
-    monkeypatch.setattr(build, "CudaStreams", LateStreams)
+    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
     monkeypatch.setattr(build, "is_gpu", lambda device: True)
     monkeypatch.setattr(build, "reader_for", reader_for)
     return made
@@ -180,7 +180,7 @@ def test_routers_asked_for_their_logits_alone_forecast_the_same(
 
     for changed in (False, True):
         if changed:
-            monkeypatch.setattr(build, "lookahead_router", lookahead_router)
+            monkeypatch.setattr(build_predictors, "lookahead_router", lookahead_router)
         with runtime.load(checkpoint, overrides=SETTINGS["depth 2"]) as engine:
             engine.start_trace(lookahead=2)
             found.append((_logits(engine).tolist(), engine.stats().cache, engine.trace().predicted.tolist()))

@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionMemo
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
 import runtime
-from runtime import batching, build, devices
+from runtime import batching, build, build_tiers, devices
 from runtime.batching import PAGE_TOKENS, kv_tokens
 from runtime.errors import BudgetError
 from runtime.profile import Profile
@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "CudaStreams", LateStreams)
+    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
     monkeypatch.setattr(build, "is_gpu", lambda device: True)
 
 

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from tiny import EXPERTS, LAYERS, TOP_K, save_tiny
 
 import runtime
-from runtime import build, host_memory, numa
+from runtime import build, build_tiers, host_memory, numa
 from runtime.cache.policies import FORESEEING, POLICIES
 from runtime.errors import BudgetError, TransferError
 from runtime.metrics import register
@@ -31,7 +31,7 @@ SOME = {"tiers.host_bytes": NUM_ROWS * ROW_BYTES}
 
 @pytest.fixture(autouse=True)
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "CudaStreams", LateStreams)
+    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
     monkeypatch.setattr(build, "is_gpu", lambda device: True)
 
 
@@ -166,12 +166,12 @@ def test_the_plan_is_said_before_memory_is_taken(
 ) -> None:
     monkeypatch.setattr(host_memory, "memlock_limit_bytes", lambda: 3 * ROW_BYTES + 5)
     plan = "24.6 kB of pinned host memory and 32.8 kB of pageable host memory hold experts, 69.6 kB stay on disk"
-    with caplog.at_level(logging.INFO, "runtime.build"):
+    with caplog.at_level(logging.INFO, "runtime.build_tiers"):
         with runtime.load(checkpoint, overrides={"cache.slots": 4, **SOME}) as engine:
             assert rows_of(engine).pinned_bytes == 3 * ROW_BYTES
             assert any(note.startswith(plan) and "RLIMIT_MEMLOCK 24.6 kB" in note for note in engine.notes)
-        monkeypatch.setattr(build, "DeviceSlots", None)
-        monkeypatch.setattr(build, "HostRows", None)
+        monkeypatch.setattr(build_tiers, "DeviceSlots", None)
+        monkeypatch.setattr(build_tiers, "HostRows", None)
         caplog.clear()
         with pytest.raises(TypeError):
             runtime.load(checkpoint, overrides={"cache.slots": 4, **SOME})
@@ -204,7 +204,7 @@ def test_what_would_end_in_an_oom_kill_is_refused(
 ) -> None:
     if available is not None:
         memory = replace(host_memory.host_memory(), available_bytes=available)
-        monkeypatch.setattr(build, "host_memory", lambda: memory)
+        monkeypatch.setattr(build_tiers, "host_memory", lambda: memory)
     with pytest.raises(BudgetError, match=message):
         runtime.load(checkpoint, overrides=overrides)
 
@@ -216,7 +216,7 @@ def test_memory_is_placed_near_the_gpu_and_a_refusal_is_said(checkpoint: Path, m
         asked.append((num_bytes, node))
         return False
 
-    monkeypatch.setattr(build, "_node", lambda device: (1, []))
+    monkeypatch.setattr(build_tiers, "_node", lambda device: (1, []))
     monkeypatch.setattr(numa, "prefer", prefer)
     for overrides, num_bytes in ((SOME, NUM_ROWS * ROW_BYTES), ({}, NUM_EXPERTS * 4096)):
         with runtime.load(checkpoint, overrides={"cache.slots": 4, **overrides}) as engine:
@@ -232,9 +232,9 @@ def test_one_node_needs_no_placing_and_an_unknown_one_is_said_where_there_are_se
 ) -> None:
     monkeypatch.setattr(numa, "nodes", lambda: frozenset(nodes))
     monkeypatch.setattr(numa, "gpu_node", lambda index: node)
-    assert build._node(torch.device("cuda", 0))[0] == found
-    assert bool(build._node(torch.device("cuda", 0))[1]) == noted
-    assert build._node(torch.device("cpu")) == (None, [])
+    assert build_tiers._node(torch.device("cuda", 0))[0] == found
+    assert bool(build_tiers._node(torch.device("cuda", 0))[1]) == noted
+    assert build_tiers._node(torch.device("cpu")) == (None, [])
 
 
 def test_what_the_disk_brought_is_told_apart(checkpoint: Path) -> None:

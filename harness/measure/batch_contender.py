@@ -79,7 +79,7 @@ class BatchContender:
         return self._schedulers[name]
 
     def _predictor(self, artifact: str) -> RoutePredictor:
-        from runtime.build import route_predictor
+        from runtime.build_predictors import route_predictor
 
         if artifact not in self._predictors:
             self._predictors[artifact] = route_predictor(self._engine, Path(artifact))

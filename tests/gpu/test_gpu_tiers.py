@@ -13,7 +13,7 @@ from test_gpu_engine import DEVICE, DTYPES, NO_PREFETCH, logits, resident
 
 import runtime
 from harness.demo.widen import bundled_model
-from runtime import build, host_memory, numa
+from runtime import build_tiers, host_memory, numa
 from runtime.facts import describe
 from runtime.host_memory import memlock_limit_bytes
 from runtime.transfer.cuda_streams import pins_beyond
@@ -51,8 +51,8 @@ def test_pageable_memory_is_copied_from_as_pinned_memory_is(
     monkeypatch: pytest.MonkeyPatch, memlock_bytes: int | None
 ) -> None:
     memory = replace(host_memory.host_memory(), memlock_bytes=memlock_bytes)
-    monkeypatch.setattr(build, "host_memory", lambda: memory)
-    monkeypatch.setattr(build, "pins_beyond", lambda limit, device: False)
+    monkeypatch.setattr(build_tiers, "host_memory", lambda: memory)
+    monkeypatch.setattr(build_tiers, "pins_beyond", lambda limit, device: False)
     for tier in ({}, {"tiers.host_bytes": host_bytes(0.4, "bf16")}):
         overrides = {"cache.slots": "25%", **PREFETCH, **tier}
         with runtime.load(bundled_model(), device=DEVICE, overrides=overrides) as engine:
@@ -78,7 +78,7 @@ def test_what_the_driver_pins_and_where_the_gpu_is(caplog: pytest.LogCaptureFixt
     print(f"RLIMIT_MEMLOCK {limit}, pins beyond it: {beyond}; nodes {sorted(numa.nodes())}, the GPU near {node}")
     assert node is None or node in numa.nodes()
     with (
-        caplog.at_level(logging.INFO, "runtime.build"),
+        caplog.at_level(logging.INFO, "runtime.build_tiers"),
         runtime.load(bundled_model(), device=DEVICE, overrides={"cache.slots": 4}),
     ):
         assert "host memory hold all experts" in caplog.text

@@ -19,7 +19,7 @@ from harness import probe
 from harness.hardware import cuda_copies
 from harness.hardware.compute import measure_experts
 from harness.search import child, gpu
-from runtime import batching, build, devices, facts, loading, nvml
+from runtime import batching, build, build_tiers, devices, facts, loading, nvml
 from runtime.errors import DeviceError
 from runtime.transfer.device_slots import DeviceSlots
 
@@ -101,7 +101,7 @@ def install() -> None:
     torch.cuda.get_device_name = lambda device=None: NAME  # type: ignore[assignment]
     torch.cuda.synchronize = _synchronize
     torch.cuda.memory_reserved = torch.cuda.max_memory_reserved = lambda device=None: Memory.reserved_bytes
-    build.CudaStreams, build.DeviceSlots = LateStreams, Slots  # type: ignore[assignment,misc]
+    build_tiers.CudaStreams, build_tiers.DeviceSlots = LateStreams, Slots  # type: ignore[assignment,misc]
     loading.find_device, facts.free_bytes = _find_device, lambda device: 70 << 30
     for module in (build, loading, facts, devices):
         module.is_gpu = lambda device: True
