@@ -19,6 +19,7 @@ DECISION = (
     "runtime.cache.policies",
     "runtime.cache.residency",
     "runtime.cache.steps",
+    "runtime.cache.streaming",
     "runtime.cache.timeline",
     "runtime.predictors.activation_matrix",
     "runtime.predictors.artifact",

@@ -35,7 +35,7 @@ from runtime.transfer.cuda import Lane
 from runtime.transfer.host_rows import HostRows
 from runtime.transfer.tiered import TieredTransfer
 
-SEEDS = 24
+SEEDS = 32
 NUM_ACTIONS = 4
 ROW_BYTES = 8192  # of the float32 checkpoint's experts, as files are read into them
 TOLERANCE = 1e-4  # of the logits' spread, where float32 is rounded otherwise

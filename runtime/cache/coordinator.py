@@ -9,12 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from runtime.cache.governor import Governor, Reading
 from runtime.cache.miss import Misses
 from runtime.cache.residency import Count, Residency
-from runtime.cache.streaming import Streaming
+from runtime.cache.streaming import LayerStream
 from runtime.errors import TransferError
 from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
 from runtime.transfer.base import Transfer
@@ -62,10 +61,7 @@ class Coordinator:
         self._forecast: Forecast | None = None
         self._waiting: list[tuple[int, int]] = []  # experts to prefetch that have no slot, and layers until each
         self.refreshes = refreshes
-        self._streaming = Streaming(residency.num_experts, residency.top_k) if streams and not refreshes else None
-        self._has_streamed = False  # in the running pass, so far
-        self._stream: list[int] = []  # experts of the next layer that wait for a slot
-        self._lacked: tuple[int, npt.NDArray[np.bool_]] | None = None  # that layer, and what it lacked: [experts]
+        self._stream = LayerStream(residency, transfer) if streams and not refreshes else None
         self.needed_loads = needed_loads
         self.misses: Misses | None = None
         self._held: Collection[int] = ()  # where they rest, to be computed there
@@ -77,19 +73,13 @@ class Coordinator:
                 self.residency.readmit(slot)
         self._depth = self.governor.depth(passing.phase, passing.num_tokens, self._reading())
         self.predictor.begin(passing)
-        self._stream, self._lacked = [], None
-        if self._streaming is not None:
-            self._streaming.begin(passing.num_tokens, is_allowed=self._copies_misses(passing.num_tokens))
+        if self._stream is not None:
+            self._stream.begin(passing.num_tokens, is_allowed=self._copies_misses(passing.num_tokens))
         if self.refreshes:
             self._refresh()
             return
         self._predict(BEFORE_FIRST_LAYER)
-        self._has_streamed = self._is_streaming
-        if self._is_streaming:
-            self.residency.keep_for_pass(BEFORE_FIRST_LAYER)
-            self._begin_stream(BEFORE_FIRST_LAYER)
-        else:
-            self._prefetch(BEFORE_FIRST_LAYER, passing.num_tokens)
+        self._load_next(BEFORE_FIRST_LAYER, passing.num_tokens)
 
     def ask(self, layer: int, passing: Pass, hidden: Any) -> Sequence[Any]:
         """Tensors that the predictor wants to see of a layer's `hidden`, in the observation that `serve` is given."""
@@ -116,9 +106,8 @@ class Coordinator:
         try:
             self._land(demand)
             self._note_used_prefetches(demand)
-            self._note_lacked(layer, demand)
-            if self._is_streaming:
-                self.residency.keep_for_pass(layer)
+            if self._stream is not None:
+                self._stream.routed(layer, demand)
             if self.residency.foresees:  # what the layer chose says which victims are best; else loads do not wait
                 self._predict(layer, observation)
             plan = self._plan(layer, demand, tokens, num_tokens)
@@ -126,10 +115,7 @@ class Coordinator:
             self._act(plan)
             if not self.residency.foresees:
                 self._predict(layer, observation)
-            if self._is_streaming:
-                self._begin_stream(layer, is_full=bool(plan.deferred))
-            else:
-                self._prefetch(layer, num_tokens)
+            self._load_next(layer, num_tokens, is_full=bool(plan.deferred))
             if self._is_ring(plan):
                 yield from self._in_turn(layer, plan, num_tokens)
                 return
@@ -234,53 +220,20 @@ class Coordinator:
     @property
     def _is_needless(self) -> bool:
         """What the predictor sees of a layer costs more than a pass that streamed leaves to be gained."""
-        return self._has_streamed and self.predictor.reads_hidden
-
-    @property
-    def _is_streaming(self) -> bool:
-        return self._streaming is not None and self._streaming.is_on
+        return self._stream is not None and self._stream.has_run and self.predictor.reads_hidden
 
     def _is_ring(self, plan: Plan) -> bool:
         """Slots are handed on one by one, or loads come in the order in which they were submitted."""
-        if self._streaming is None:
-            return False
-        return bool(plan.deferred or self._stream or (self._is_streaming and plan.awaited))
+        stream = self._stream
+        return stream is not None and bool(plan.deferred or stream.has_waiting or (stream.is_on and plan.awaited))
 
-    def _note_lacked(self, layer: int, demand: Sequence[int]) -> None:
-        """Let `_streaming` see how many of the experts that `layer` lacked before its router spoke are needed."""
-        if self._streaming is None:
-            return
-        streamed, lacked = self._lacked or (-1, None)
-        if lacked is None or streamed != layer:
-            lacked = ~self.residency.present(layer)
-        needed = lacked[np.array(demand) - layer * self.residency.num_experts]
-        self._streaming.saw(int(lacked.sum()), int(needed.sum()))
-        self._stream, self._lacked = [], None
-        self._has_streamed |= self._is_streaming
-
-    def _begin_stream(self, layer: int, *, is_full: bool = False) -> None:
-        """Load what the layer after `layer` lacks, ascending, as it will be computed. What finds no slot waits for
-        those that `layer` frees; with `is_full` everything does."""
-        self._waiting = []
-        if layer + 1 == self.residency.num_layers:
-            return
-        first, lacked = (layer + 1) * self.residency.num_experts, ~self.residency.present(layer + 1)
-        self._lacked = layer + 1, lacked
-        if not is_full and lacked.any():
-            self._stream = list(range(first, first + lacked.size))  # all: none of them goes for another one
-            self._stream_on(layer, lacked.size)
-        self._stream = [
-            expert for expert in (np.flatnonzero(lacked) + first).tolist() if self.residency.slot_of(expert) < 0
-        ]
-
-    def _stream_on(self, layer: int, most: int) -> None:
-        """Load at most so many of the experts that wait for a slot. They are loaded like demand: all are expected to be
-        needed, and in this order."""
-        wanted = self._stream[:most]
-        loads = self.residency.plan_prefetch(layer, wanted, [1] * len(wanted))
-        self.transfer.submit([load._replace(reason=LoadReason.DEMAND) for load in loads])
-        placed = {load.expert for load in loads}
-        self._stream = [expert for expert in wanted if expert not in placed] + self._stream[most:]
+    def _load_next(self, layer: int, num_tokens: int, *, is_full: bool = False) -> None:
+        """Load all of the next layer, or what the coming ones are forecast to need; `is_full`: there is no slot now."""
+        if self._stream is not None and self._stream.is_on:
+            self._waiting = []
+            self._stream.load_next(layer, is_full=is_full)
+        else:
+            self._prefetch(layer, num_tokens)
 
     def _prefetch(self, layer: int, num_tokens: int) -> None:
         """Load what the coming layers are forecast to need."""
@@ -356,7 +309,9 @@ class Coordinator:
                 if not ready and not awaited:
                     raise TransferError(_NO_SLOT)
                 if not ready:
-                    arrived = self.transfer.wait_any([awaited[0]] if self._is_streaming else awaited)
+                    arrived = self.transfer.wait_any(
+                        [awaited[0]] if self._stream is not None and self._stream.is_on else awaited
+                    )
                     self.residency.complete(arrived)
                     ready.extend(arrived)
                     awaited = deque(expert for expert in awaited if expert not in arrived)
@@ -370,8 +325,8 @@ class Coordinator:
                         leased.add(deferred.popleft())
                         ready.extend(more.hits)
                         awaited.extend(more.awaited)
-                elif self._stream:
-                    self._stream_on(layer, 1)
+                elif self._stream is not None and self._stream.has_waiting:
+                    self._stream.load(layer, 1)
                 else:
                     self._load_ahead(layer)
         finally:

@@ -1,10 +1,20 @@
-"""Whether a pass streams: loads all experts of a layer before that layer's router has spoken.
+"""Passes that stream: that load all experts of a layer before that layer's router has spoken.
 
 A long prompt activates nearly every expert of every layer. Waiting for each router then only leaves the link idle while
 attention, router and host work.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.cache.residency import Residency
+from runtime.predictors.base import BEFORE_FIRST_LAYER
+from runtime.transfer.base import Transfer
+from runtime.vocabulary import LoadReason
 
 STREAM_SHARE = 0.75
 """Of the experts that are loaded ahead, the least share that must be needed.
@@ -56,3 +66,74 @@ class Streaming:
         A pass loads in vain, at most, 1 - `STREAM_SHARE` of what its layers lacked, and what one layer lacked.
         """
         return self._is_allowed and self.share >= STREAM_SHARE
+
+
+class LayerStream:
+    """Loads what the next layer lacks ahead of its router, in passes of which `Streaming` says so.
+
+    Args:
+        residency: decides. transfer: acts.
+
+    Attributes:
+        has_run: the running pass has streamed so far.
+    """
+
+    def __init__(self, residency: Residency, transfer: Transfer) -> None:
+        self._residency, self._transfer = residency, transfer
+        self._streaming = Streaming(residency.num_experts, residency.top_k)
+        self.has_run = False
+        self._waiting: list[int] = []  # experts of the next layer that have no slot yet
+        self._lacked: tuple[int, npt.NDArray[np.bool_]] | None = None  # that layer, and what it lacked: [experts]
+
+    @property
+    def is_on(self) -> bool:
+        """The next layer is to be loaded whole."""
+        return self._streaming.is_on
+
+    @property
+    def has_waiting(self) -> bool:
+        """Experts of the next layer wait for a slot."""
+        return bool(self._waiting)
+
+    def begin(self, num_tokens: int, *, is_allowed: bool) -> None:
+        """A pass starts; see `Streaming.begin`."""
+        self._waiting, self._lacked = [], None
+        self._streaming.begin(num_tokens, is_allowed=is_allowed)
+        self.has_run = self.is_on
+        if self.is_on:
+            self._residency.keep_for_pass(BEFORE_FIRST_LAYER)
+
+    def routed(self, layer: int, demand: Sequence[int]) -> None:
+        """The router of `layer` chose `demand`, which is to be planned now."""
+        streamed, lacked = self._lacked or (BEFORE_FIRST_LAYER, None)
+        if lacked is None or streamed != layer:
+            lacked = ~self._residency.present(layer)
+        needed = lacked[np.array(demand) - layer * self._residency.num_experts]
+        self._streaming.saw(int(lacked.sum()), int(needed.sum()))
+        self._waiting, self._lacked = [], None
+        self.has_run |= self.is_on
+        if self.is_on:
+            self._residency.keep_for_pass(layer)
+
+    def load_next(self, layer: int, *, is_full: bool) -> None:
+        """Load what the layer after `layer` lacks, ascending, as it will be computed. What finds no slot waits for
+        those that `layer` frees; with `is_full` everything does."""
+        if layer + 1 == self._residency.num_layers:
+            return
+        first, lacked = (layer + 1) * self._residency.num_experts, ~self._residency.present(layer + 1)
+        self._lacked = layer + 1, lacked
+        if not is_full and lacked.any():
+            self._waiting = list(range(first, first + lacked.size))  # all: none of them goes for another one
+            self.load(layer, lacked.size)
+        self._waiting = [
+            expert for expert in (np.flatnonzero(lacked) + first).tolist() if self._residency.slot_of(expert) < 0
+        ]
+
+    def load(self, layer: int, most: int) -> None:
+        """Load at most so many of the experts that wait for a slot. They are loaded like demand: all are expected to be
+        needed, and in this order."""
+        wanted = self._waiting[:most]
+        loads = self._residency.plan_prefetch(layer, wanted, [1] * len(wanted))
+        self._transfer.submit([load._replace(reason=LoadReason.DEMAND) for load in loads])
+        placed = {load.expert for load in loads}
+        self._waiting = [expert for expert in wanted if expert not in placed] + self._waiting[most:]
