@@ -240,6 +240,7 @@ class TieredTransfer(Transfer):
         """Go on with what a load of the same expert into another slot has begun, which nobody wants there any more."""
         climb.is_new, climb.has_row = former.is_new, former.has_row
         self._end(former, "")
+        self._queue.num_cancelled += 1
         if climb.load.reason is LoadReason.DEMAND:
             self._disk.promote(climb.expert)
 
