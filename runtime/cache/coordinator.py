@@ -116,16 +116,14 @@ class Coordinator:
             if not self.residency.foresees:
                 self._predict(layer, observation)
             self._load_next(layer, num_tokens, is_full=bool(plan.deferred))
-            if self._is_ring(plan):
-                yield from self._in_turn(layer, plan, num_tokens)
-                return
-            yield from self._arrivals(layer, plan)
-            while plan.deferred:
+            is_ring = self._is_ring(plan)
+            yield from self._arrivals(layer, plan, num_tokens, is_ring=is_ring)
+            while plan.deferred and not is_ring:
                 plan = self.residency.plan(layer, plan.deferred, [0] * len(plan.deferred), num_tokens, first=False)
                 if not (plan.hits or plan.awaited):
                     raise TransferError(_NO_SLOT)
                 self._act(plan)
-                yield from self._arrivals(layer, plan)
+                yield from self._arrivals(layer, plan, num_tokens, is_ring=False)
         except TransferError:
             self.recover()
             raise
@@ -272,33 +270,16 @@ class Coordinator:
             found.sort(key=lambda one: -one[0] * (1.0 - one[2] / num_layers))
         return [(expert, ahead) for _, expert, ahead in found]
 
-    def _arrivals(self, layer: int, plan: Plan) -> Iterator[Sequence[int]]:
-        """The experts of one wave in groups as they are ready. A lease ends when the consumer comes back for more."""
-        leased = set(plan.hits) | set(plan.awaited)
-        awaited = list(plan.awaited)
-        try:
-            if plan.hits:
-                yield plan.hits
-                self._release(plan.hits, leased)
-                self._load_ahead(layer)
-            if plan.computed:
-                yield plan.computed
-                self._let_go()
-            while awaited:
-                arrived = self.transfer.wait_any(awaited)
-                self.residency.complete(arrived)
-                awaited = [expert for expert in awaited if expert not in arrived]
-                yield arrived
-                self._release(arrived, leased)
-                self._load_ahead(layer)
-        finally:
-            self._release(tuple(leased), leased)
+    def _arrivals(self, layer: int, plan: Plan, num_tokens: int, *, is_ring: bool) -> Iterator[Sequence[int]]:
+        """The experts of one wave in groups as they are ready, those that are computed where they rest after the hits.
+        A lease ends when the consumer comes back for more, and what waits for a slot takes it.
 
-    def _in_turn(self, layer: int, plan: Plan, num_tokens: int) -> Iterator[Sequence[int]]:
-        """All experts of a layer step one by one, in the order of their loads. Each hands its slot to the next load as
-        soon as the consumer comes back: first to those of its layer that found none, then to the next layer's."""
-        ready, awaited, deferred = deque(plan.hits), deque(plan.awaited), deque(plan.deferred)
-        leased, computed = {*ready, *awaited}, plan.computed
+        A ring is the whole layer step: one expert at a time, each of whose slots goes to those of its layer that found
+        none, then to the next layer.
+        """
+        ready, awaited, computed = deque(plan.hits), list(plan.awaited), plan.computed
+        deferred = deque(plan.deferred if is_ring else ())
+        leased = {*ready, *awaited}
         try:
             while ready or awaited or deferred or computed:
                 if computed and not ready:
@@ -306,18 +287,14 @@ class Coordinator:
                     self._let_go()
                     computed = ()
                     continue
-                if not ready and not awaited:
-                    raise TransferError(_NO_SLOT)
                 if not ready:
-                    arrived = self.transfer.wait_any(
-                        [awaited[0]] if self._stream is not None and self._stream.is_on else awaited
-                    )
-                    self.residency.complete(arrived)
-                    ready.extend(arrived)
-                    awaited = deque(expert for expert in awaited if expert not in arrived)
-                expert = ready.popleft()
-                yield (expert,)
-                self._release((expert,), leased)
+                    ready.extend(self._await(awaited))
+                    awaited = [expert for expert in awaited if expert not in ready]
+                group = (ready.popleft(),) if is_ring else tuple(ready)
+                yield group
+                self._release(group, leased)
+                if not is_ring:
+                    ready.clear()
                 if deferred:
                     more = self.residency.plan(layer, [deferred[0]], [0], num_tokens, first=False)
                     self._act(more)
@@ -331,6 +308,15 @@ class Coordinator:
                     self._load_ahead(layer)
         finally:
             self._release(tuple(leased), leased)
+
+    def _await(self, experts: Sequence[int]) -> Sequence[int]:
+        """Those of the experts that are ready, at least one; of a layer that was streamed, in their order."""
+        if not experts:
+            raise TransferError(_NO_SLOT)
+        is_ordered = self._stream is not None and self._stream.is_on
+        arrived = self.transfer.wait_any(experts[:1] if is_ordered else experts)
+        self.residency.complete(arrived)
+        return arrived
 
     def _release(self, experts: Collection[int], leased: set[int]) -> None:
         leased.difference_update(experts)
