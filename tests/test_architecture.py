@@ -17,6 +17,7 @@ DECISION = (
     "runtime.cache.governor",
     "runtime.cache.miss",
     "runtime.cache.policies",
+    "runtime.cache.prefetch",
     "runtime.cache.residency",
     "runtime.cache.steps",
     "runtime.cache.streaming",

@@ -8,16 +8,15 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
-
 from runtime.cache.governor import Governor, Reading
 from runtime.cache.miss import Misses
+from runtime.cache.prefetch import Prefetch
 from runtime.cache.residency import Count, Residency
 from runtime.cache.streaming import LayerStream
 from runtime.errors import TransferError
-from runtime.predictors.base import BEFORE_FIRST_LAYER, Forecast, Observation, Predictor
+from runtime.predictors.base import BEFORE_FIRST_LAYER, Observation, Predictor
 from runtime.transfer.base import Transfer
-from runtime.vocabulary import Load, LoadReason, Pass, Phase, Plan
+from runtime.vocabulary import Load, LoadReason, Pass, Plan
 
 _NO_SLOT = "no expert slot is left: reads into them have not returned; check the disk"
 
@@ -56,11 +55,11 @@ class Coordinator:
         needed_loads: list[Load] | None = None,
     ) -> None:
         self.residency, self.transfer, self.predictor = residency, transfer, predictor
-        self.governor, self.prefetch_count, self.predict_every = governor, prefetch_count, predict_every
-        self._depth = governor.deepest  # of the running pass
-        self._forecast: Forecast | None = None
-        self._waiting: list[tuple[int, int]] = []  # experts to prefetch that have no slot, and layers until each
-        self.refreshes = refreshes
+        self.governor = governor
+        self._prefetch = Prefetch(
+            residency, transfer, predictor, count=prefetch_count, every=predict_every, refreshes=refreshes
+        )
+        self._prefetch.depth = governor.deepest
         self._stream = LayerStream(residency, transfer) if streams and not refreshes else None
         self.needed_loads = needed_loads
         self.misses: Misses | None = None
@@ -71,19 +70,19 @@ class Coordinator:
         for slot in tuple(self.residency.withheld):
             if not self.transfer.is_filling(slot):
                 self.residency.readmit(slot)
-        self._depth = self.governor.depth(passing.phase, passing.num_tokens, self._reading())
+        self._prefetch.depth = self.governor.depth(passing.phase, passing.num_tokens, self._reading())
         self.predictor.begin(passing)
         if self._stream is not None:
             self._stream.begin(passing.num_tokens, is_allowed=self._copies_misses(passing.num_tokens))
-        if self.refreshes:
-            self._refresh()
+        if self._prefetch.refreshes:
+            self._prefetch.refresh()
             return
-        self._predict(BEFORE_FIRST_LAYER)
+        self._prefetch.foresee(BEFORE_FIRST_LAYER)
         self._load_next(BEFORE_FIRST_LAYER, passing.num_tokens)
 
     def ask(self, layer: int, passing: Pass, hidden: Any) -> Sequence[Any]:
         """Tensors that the predictor wants to see of a layer's `hidden`, in the observation that `serve` is given."""
-        return self.predictor.ask(layer, hidden) if self._observes(passing) and not self._is_needless else ()
+        return () if self._is_needless else self._prefetch.ask(layer, passing, hidden)
 
     def serve(
         self, layer: int, demand: Sequence[int], tokens: Sequence[int], observation: Observation
@@ -182,15 +181,6 @@ class Coordinator:
         if self.needed_loads is not None:
             self.needed_loads.extend(plan.loads)
 
-    @property
-    def _is_asked(self) -> bool:
-        """Somebody acts on a forecast: the prefetch or the policy."""
-        return self._depth > 0 or self.residency.foresees or self.refreshes
-
-    def _observes(self, passing: Pass) -> bool:
-        """The predictor sees the layers of a pass."""
-        return self._is_asked and (passing.phase is Phase.PREFILL or passing.step % self.predict_every == 0)
-
     def _reading(self) -> Reading:
         counts, moved = self.residency.counts(), self.transfer.stats()
         return Reading(
@@ -203,17 +193,12 @@ class Coordinator:
             num_layer_steps=counts[Count.LAYER_STEPS],
         )
 
-    def _predict(self, layer: int, observation: Observation | None = None) -> None:
+    def _predict(self, layer: int, observation: Observation) -> None:
         """Let the predictor see the layer, and the policy know what it forecasts."""
-        self._forecast = None
-        if not self._is_asked or (self._is_needless and observation is not None):
-            return
-        if observation is not None and self._observes(observation.passing):
-            self.predictor.observe(layer, observation)
-        self._forecast = self.predictor.forecast(layer)
-        if self._forecast is not None and self.residency.foresees:
-            first = 0 if self.predictor.sees_next_pass else layer + 1
-            self.residency.foresee(self._forecast, first, self.predictor.waits())
+        if self._is_needless:
+            self._prefetch.forget()
+        else:
+            self._prefetch.observe(layer, observation)
 
     @property
     def _is_needless(self) -> bool:
@@ -228,47 +213,10 @@ class Coordinator:
     def _load_next(self, layer: int, num_tokens: int, *, is_full: bool = False) -> None:
         """Load all of the next layer, or what the coming ones are forecast to need; `is_full`: there is no slot now."""
         if self._stream is not None and self._stream.is_on:
-            self._waiting = []
+            self._prefetch.forget()
             self._stream.load_next(layer, is_full=is_full)
         else:
-            self._prefetch(layer, num_tokens)
-
-    def _prefetch(self, layer: int, num_tokens: int) -> None:
-        """Load what the coming layers are forecast to need."""
-        self._waiting = [] if self._forecast is None else self._wanted(layer, self._forecast, num_tokens)
-        self._load_ahead(layer)
-
-    def _load_ahead(self, layer: int) -> None:
-        """Load what is wanted as far as there are slots for it. The rest waits for those that `layer` frees, as in
-        ExpertFlow (arXiv 2410.17954v2, figure 5)."""
-        if not self._waiting:
-            return
-        experts, steps_ahead = zip(*self._waiting, strict=True)
-        self.transfer.submit(self.residency.plan_prefetch(layer, experts, steps_ahead))
-        self._waiting = [one for one in self._waiting if self.residency.slot_of(one[0]) < 0]
-
-    def _refresh(self) -> None:
-        forecast = self.predictor.forecast(BEFORE_FIRST_LAYER)
-        if forecast is None:
-            return
-        if self.residency.foresees:
-            self.residency.foresee(forecast, waits=self.predictor.waits())
-        self.transfer.submit(self.residency.plan_refresh(forecast))
-
-    def _wanted(self, layer: int, forecast: Forecast, num_tokens: int) -> list[tuple[int, int]]:
-        """Experts to have ready for the coming layers with layers until each, most urgent first: those of the nearest
-        layer, or those of the highest likelihood x layer proximity."""
-        num_layers, num_experts = forecast.shape
-        most = min(self.prefetch_count * num_tokens, num_experts)
-        found: list[tuple[float, int, int]] = []
-        for ahead in range(1, min(self._depth, num_layers - 1 - layer) + 1):
-            row = forecast[layer + ahead]
-            likeliest = np.argsort(-row, kind="stable")[:most].tolist()
-            base = (layer + ahead) * num_experts
-            found.extend((row[index], base + index, ahead) for index in likeliest if row[index] > 0.0)
-        if self.predictor.by_likelihood:
-            found.sort(key=lambda one: -one[0] * (1.0 - one[2] / num_layers))
-        return [(expert, ahead) for _, expert, ahead in found]
+            self._prefetch.load(layer, num_tokens)
 
     def _arrivals(self, layer: int, plan: Plan, num_tokens: int, *, is_ring: bool) -> Iterator[Sequence[int]]:
         """The experts of one wave in groups as they are ready, those that are computed where they rest after the hits.
@@ -305,7 +253,7 @@ class Coordinator:
                 elif self._stream is not None and self._stream.has_waiting:
                     self._stream.load(layer, 1)
                 else:
-                    self._load_ahead(layer)
+                    self._prefetch.load_waiting(layer)
         finally:
             self._release(tuple(leased), leased)
 
