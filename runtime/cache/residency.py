@@ -169,7 +169,8 @@ class Residency:
 
     def keep_for_pass(self, layer: int) -> None:
         """In a pass that needs nearly all experts: until the next layer step, those of the layers after `layer` go only
-        where there is no other, and never for a prefetch of the layer after it. Called before `layer` is planned."""
+        where there is no other, and never for a prefetch of the layer after it (before the first layer there is no
+        other: only its own are kept). Called before `layer` is planned."""
         first = (layer + 1) * self.num_experts
         self._needed_at[first:] = self._state.scalars[NOW] + 2
         self._is_stale[layer + 1 :] = True

@@ -10,6 +10,7 @@ import pytest
 
 from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
+from runtime.cache.policies import POLICIES
 from runtime.cache.residency import Count, Residency
 from runtime.cache.streaming import STREAM_SHARE, Streaming
 from runtime.predictors.base import Forecast, NoPredictor, Observation, Predictor
@@ -21,9 +22,11 @@ LAYERS, EXPERTS, TOP_K = 8, 32, 4
 LONG = 2048  # tokens of a prompt
 
 
-def coordinator_of(slots: int, transfer: Transfer, predictor: Predictor | None = None, **more: object) -> Coordinator:
+def coordinator_of(
+    slots: int, transfer: Transfer, predictor: Predictor | None = None, *, policy: str = "next_use", **more: object
+) -> Coordinator:
     settings = {"streams": True, "prefetch_count": 1, **more}
-    residency = Residency(LAYERS, EXPERTS, slots, TOP_K, "next_use")
+    residency = Residency(LAYERS, EXPERTS, slots, TOP_K, policy)
     governor = Governor(0 if predictor is None else 1)
     return Coordinator(residency, transfer, predictor or NoPredictor(), governor=governor, **settings)  # type: ignore[arg-type]
 
@@ -153,6 +156,39 @@ def test_what_is_loaded_in_vain_is_bounded(seed: int) -> None:
     took = run_pass(coordinator, demands, [[0.5] * number for number in chosen])
     in_vain = took.counts[Count.PREFETCH_ISSUED] - took.counts[Count.PREFETCH_USED]
     assert in_vain <= (1 - STREAM_SHARE) * LAYERS * EXPERTS + EXPERTS
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("slots", [1, 5, EXPERTS // 2, EXPERTS, EXPERTS + 8, 4 * EXPERTS])
+def test_a_stream_keeps_its_bounds_and_gives_up_nothing_that_is_to_come(
+    slots: int, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes of any length that find any experts in the slots."""
+    generator, coordinator = np.random.default_rng(slots), coordinator_of(slots, SimulatedTransfer(1.0), policy=policy)
+    residency, lacked = coordinator.residency, list[int]()
+    plan, saw = residency.plan_prefetch, Streaming.saw
+
+    def watched(layer: int, wanted: Sequence[int], steps_ahead: Sequence[int]) -> tuple[Load, ...]:
+        before, loads = set(residency.resident()), plan(layer, wanted, steps_ahead)
+        gone = {expert // EXPERTS for expert in before - set(residency.resident())}
+        assert max(gone, default=-1) <= layer if layer >= 0 else 0 not in gone
+        return loads
+
+    def noted(streaming: Streaming, num_lacked: int, num_needed: int) -> None:
+        lacked.append(num_lacked)
+        saw(streaming, num_lacked, num_needed)
+
+    monkeypatch.setattr(residency, "plan_prefetch", watched)
+    monkeypatch.setattr(Streaming, "saw", noted)
+    for num_tokens in (LONG, 1, 300, LONG, LONG):
+        lacked.clear()
+        least = TOP_K if num_tokens == 1 or generator.random() < 0.3 else 24
+        chosen = [TOP_K if num_tokens == 1 else generator.integers(least, EXPERTS + 1) for _ in range(LAYERS)]
+        demands = [np.sort(generator.choice(EXPERTS, number, replace=False)).tolist() for number in chosen]
+        counts = run_pass(coordinator, demands, [[0.5] * number for number in chosen], num_tokens=num_tokens).counts
+        in_vain = counts[Count.PREFETCH_ISSUED] - counts[Count.PREFETCH_USED]
+        assert in_vain <= (1 - STREAM_SHARE) * sum(lacked) + max(lacked)
+        assert counts[Count.PREFETCH_ISSUED] <= sum(lacked)
 
 
 def test_what_was_loaded_in_vain_goes_first() -> None:
