@@ -35,7 +35,7 @@ from runtime.transfer.cuda import Lane
 from runtime.transfer.host_rows import HostRows
 from runtime.transfer.tiered import TieredTransfer
 
-SEEDS = 32
+SEEDS, FAST = 32, 12  # the others are for `make test-all`
 NUM_ACTIONS = 4
 ROW_BYTES = 8192  # of the float32 checkpoint's experts, as files are read into them
 TOLERANCE = 1e-4  # of the logits' spread, where float32 is rounded otherwise
@@ -277,7 +277,9 @@ class Life:
             assert moved.num_loads + moved.num_cancelled == planned
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize(
+    "seed", [*range(FAST), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(FAST, SEEDS))]
+)
 def test_whatever_is_combined_and_whatever_happens(seed: int, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = Drawn(seed)
     monkeypatch.setattr(build_tiers, "CudaStreams", MovingStreams)

@@ -102,6 +102,7 @@ def test_steps_that_time_nothing_run_at_once(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "check.json").read_text())["steps"][0]["name"] == "first"
 
 
+@pytest.mark.slow
 def test_without_time_steps_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = [code("one", ""), code("two", "", at_once=True)]
     assert not check(wanted, tmp_path, budget_s=2 * GRACE_S + 5)
@@ -136,6 +137,7 @@ def test_mistakes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_pytest_runs_without_its_plug_ins(tmp_path: Path) -> None:
     """As where pytest alone is installed: the options in pyproject.toml name a plug-in."""
     (step,) = [one for one in steps(tmp_path, 0) if one.name == "test_gpu_engine"]

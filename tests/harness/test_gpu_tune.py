@@ -437,6 +437,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 def test_all_of_it(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From --gpu 0 to a profile that says so and loads; every trial computes on a GPU that is none (`fake_gpu`)."""
     lines = HELDOUT.read_text().splitlines()

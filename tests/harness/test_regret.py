@@ -178,6 +178,7 @@ def test_a_search_that_ends_at_the_optimum_has_no_regret(problem: Problem, tmp_p
     assert json.loads(results.path.read_text())["figures"][0]["num_seeds"] == 2
 
 
+@pytest.mark.slow
 def test_the_command_comes_close_to_the_optimum_and_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
