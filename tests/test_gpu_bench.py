@@ -156,6 +156,7 @@ def test_offloaded_systems_predict_what_the_resident_one_does(
     assert sum("met " in line or "not taken" in line for line in lines) == len(found["goals"])
 
 
+@pytest.mark.slow
 def test_what_fails_is_an_entry_and_the_rest_goes_on(
     processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +180,7 @@ def test_what_fails_is_an_entry_and_the_rest_goes_on(
     assert "FAILED: accelerate is not installed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_without_a_resident_model_the_others_are_measured_alone(processes: Processes, tmp_path: Path) -> None:
     def fails(name: str) -> None:
         if name == "resident":

@@ -80,6 +80,7 @@ def test_a_missing_interpreter_is_a_failed_step(tmp_path: Path) -> None:
     assert found["status"] == "failed" and "No such file" in found["why"]
 
 
+@pytest.mark.slow
 def test_a_step_is_interrupted_so_that_it_writes_what_it_has(tmp_path: Path) -> None:
     """Also one that finishes what is under way first, and so wants a second interrupt; both at the same time."""
     once = "import time\ntry: time.sleep(60)\nfinally: print('written')"

@@ -138,6 +138,7 @@ sys.exit(pytest.main([*options, "tests/benchmarks"]))
 """
 
 
+@pytest.mark.slow
 def test_the_ci_extra_is_enough_for_the_benchmarks() -> None:
     """A file of the head's that cannot be loaded is a regression: none may need a package of another extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

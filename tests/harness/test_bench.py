@@ -352,6 +352,7 @@ def test_a_contender_without_room_for_torch_is_told_as_out_of_memory() -> None:
     assert told.value.out_of_memory
 
 
+@pytest.mark.slow
 def test_an_engine_contender_counts_its_decode_and_replays_its_loads() -> None:
     spec = Spec("engine", str(bundled_model()), 1, overrides={"cache.slots": 16, "compute.threads": 1})
     with start("t", spec, limit_bytes=None, use_cgroup=False) as process:

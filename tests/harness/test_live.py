@@ -48,6 +48,7 @@ def _is_gone(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_two_contenders_in_turn_measure_segment_after_segment(runner: TrialRunner, spec: TrialSpec) -> None:
     other = TrialSpec(spec.model, {**OVERRIDES, "cache.slots": 16}, (), spec.concurrency)
     with LiveTrial(runner, spec, 60.0) as one, LiveTrial(runner, other, 60.0) as two:

@@ -439,6 +439,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, on_call: Callable[[int], None]) ->
     monkeypatch.setattr(Setup, "confirm", confirmed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("presses", "kept"), [(1, 3), (2, 2)])
 def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(
     home: Path,
@@ -500,6 +501,7 @@ def test_a_gpu_that_is_lost_is_one_line_and_what_was_measured_is_kept(
     assert json.loads((home / "run" / "environment.json").read_text())["stop_reason"].startswith(GPU_LOST)
 
 
+@pytest.mark.slow
 def test_kill_9_in_a_trial_loses_that_trial_alone(
     home: Path,
     tiny_checkpoint: Path,
@@ -543,6 +545,7 @@ def _writers(file: Path) -> list[Path]:
     return [link for link in Path("/proc").glob("[0-9]*/fd/*") if leads_there(link)]
 
 
+@pytest.mark.slow
 def test_who_joins_a_study_confirms_and_writes_what_all_have_found(
     home: Path, tiny_checkpoint: Path, text: list[str], brief: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
