@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,8 +34,6 @@ from runtime.profile import LOSSY, Profile
 from runtime.readback import Reader, reader_for
 from runtime.transfer.store import ExpertStore
 from runtime.vocabulary import Load, Phase
-
-_log = logging.getLogger(__name__)
 
 
 def load(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from runtime import build, build_tiers
 from runtime.transfer.cuda import Lane
 from runtime.transfer.cuda_streams import HostSource
 from runtime.transfer.device_slots import DeviceSlots
@@ -49,3 +51,9 @@ class LateStreams:
         return 0.0
 
     def close(self) -> None: ...
+
+
+def compute_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `runtime.load` builds from now on is a GPU's engine, on the CPU and with such streams."""
+    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
+    monkeypatch.setattr(build, "is_gpu", lambda device: True)

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, Family, realign
-from late_streams import LateStreams
+from late_streams import LateStreams, compute_late
 from tiny import TOP_K, save_tiny
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import runtime
 from harness import quality
-from runtime import build, build_tiers, generate
+from runtime import build, generate
 from runtime.cache.miss import MissRates
 from runtime.engine import Engine
 from runtime.errors import UnsupportedModelError
@@ -41,8 +41,7 @@ COMPUTE = {"miss": "compute", "numerics": "equivalent", "prefetch.depth": 0}
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
-    monkeypatch.setattr(build, "is_gpu", lambda device: True)
+    compute_late(monkeypatch)
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from late_streams import LateStreams
+from late_streams import LateStreams, compute_late
 
 from harness import gpu_bench
 from harness.measure import contenders, gpu_contest, gpu_runs, gpu_systems, process
 from harness.measure.process import ContenderFailed, Spec
 from harness.report.gpu import markdown
-from runtime import build, build_tiers, devices
+from runtime import build_tiers, devices
 from runtime.devices import CPU
 from runtime.transfer.cuda import Lane
 
@@ -74,8 +74,7 @@ class Processes:
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU in this process: its memory is the host's, its copies are late, its peak is what `Memory` says."""
-    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
-    monkeypatch.setattr(build, "is_gpu", lambda device: True)
+    compute_late(monkeypatch)
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
     for name in ("max_memory_allocated", "max_memory_reserved", "memory_allocated"):

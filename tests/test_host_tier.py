@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from late_streams import LateStreams
+from late_streams import LateStreams, compute_late
 from tiny import EXPERTS, LAYERS, TOP_K, save_tiny
 
 import runtime
-from runtime import build, build_tiers, devices, loading
+from runtime import devices, loading
 from runtime.errors import DeviceError, ProfileError, TransferError, UsageError
 from runtime.model import load_offloaded, load_resident
 from runtime.probe import gpu_bandwidth
@@ -28,8 +28,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
-    monkeypatch.setattr(build, "is_gpu", lambda device: True)
+    compute_late(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from late_streams import LateStreams
+from late_streams import compute_late
 from tiny import LAYERS, TOP_K, save_tiny
 
 import runtime
 from harness.measure.runner import Decoder
-from runtime import build, build_predictors, build_tiers, passes
+from runtime import build, build_predictors, passes
 from runtime.errors import DeviceError, UsageError
 from runtime.predictors import gate_lookahead
 from runtime.predictors.gate_lookahead import plain_top_k
@@ -114,8 +114,7 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> list[CudaReader]:
         made.append(CudaReader(LateDriver()))
         return made[-1]
 
-    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
-    monkeypatch.setattr(build, "is_gpu", lambda device: True)
+    compute_late(monkeypatch)
     monkeypatch.setattr(build, "reader_for", reader_for)
     return made
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from late_streams import LateStreams
+from late_streams import compute_late
 from tiny import VOCABULARY, save_tiny
 from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
 import runtime
-from runtime import batching, build, build_tiers, devices
+from runtime import batching, devices
 from runtime.batching import PAGE_TOKENS, kv_tokens
 from runtime.errors import BudgetError
 from runtime.profile import Profile
@@ -41,8 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
-    monkeypatch.setattr(build, "is_gpu", lambda device: True)
+    compute_late(monkeypatch)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from late_streams import LateStreams
+from late_streams import LateStreams, compute_late
 from prometheus_client import CollectorRegistry, generate_latest
 from tiny import EXPERTS, LAYERS, TOP_K, save_tiny
 
@@ -31,8 +31,7 @@ SOME = {"tiers.host_bytes": NUM_ROWS * ROW_BYTES}
 
 @pytest.fixture(autouse=True)
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_tiers, "CudaStreams", LateStreams)
-    monkeypatch.setattr(build, "is_gpu", lambda device: True)
+    compute_late(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,10 @@ class Kernel(ABC):
     ) -> None:
         self.module, self.hidden, self.index, self.weights = module, hidden, index, weights
         self.experts, self._choice = experts, choice
+        self._begin()
+
+    def _begin(self) -> None:  # noqa: B027
+        """What a kernel prepares for the call."""
 
     @abstractmethod
     def add(self, arrivals: Sequence[Arrival]) -> None:

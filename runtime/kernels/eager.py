@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -35,20 +34,11 @@ _EAGER_NUMERICS: dict[str, _Numerics] = {
 class EagerKernel(Kernel):
     """The loop that experts classes carry themselves."""
 
-    def __init__(
-        self,
-        module: Any,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        experts: Sequence[int],
-        choice: npt.NDArray[np.int64],
-    ) -> None:
-        super().__init__(module, hidden, index, weights, experts, choice)
-        self._numerics = _EAGER_NUMERICS.get(type(module).__name__, _Numerics())
+    def _begin(self) -> None:
+        self._numerics = _EAGER_NUMERICS.get(type(self.module).__name__, _Numerics())
         self._compute = self._numerics.compute
-        self._final = torch.zeros_like(hidden, dtype=self._numerics.accumulate(hidden, weights))
-        self._order = iter(sorted(experts))
+        self._final = torch.zeros_like(self.hidden, dtype=self._numerics.accumulate(self.hidden, self.weights))
+        self._order = iter(sorted(self.experts))
         self._next = next(self._order, None)
         self._waiting: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +26,8 @@ _GRAIN = 32768
 class RowKernel(Kernel):
     """One row per (token, rank); the ranks of a token are weighted and summed at the end, whatever arrived first."""
 
-    def __init__(
-        self,
-        module: Any,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        experts: Sequence[int],
-        choice: npt.NDArray[np.int64],
-    ) -> None:
-        super().__init__(module, hidden, index, weights, experts, choice)
-        self._flat = choice.reshape(-1)
+    def _begin(self) -> None:
+        self._flat = self._choice.reshape(-1)
         self._rows: torch.Tensor | None = None
 
     @property
