@@ -18,7 +18,7 @@ from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
 from runtime.cache.residency import Residency
 from runtime.experts import LayerRunner
-from runtime.kernels import Arrival, Kernel
+from runtime.kernels import Arrival, ComputedRows, Kernel
 from runtime.pool import OffloadedSource, Pool
 from runtime.predictors.base import NoPredictor, Predictor
 from runtime.transfer.cuda import CudaTransfer
@@ -80,6 +80,8 @@ class NoKernel(Kernel):
     """Computes nothing."""
 
     def add(self, arrivals: Sequence[Arrival]) -> None: ...
+
+    def _accept(self, computed: ComputedRows) -> None: ...
 
     def result(self) -> torch.Tensor:
         return self.hidden
