@@ -208,7 +208,7 @@ def _compute_misses(
     """What computes each layer's share of the misses on the host, where the profile wants that; notes."""
     if pool.host is None:
         return [None] * len(layers), []
-    residency, weights = pool.coordinator.residency, pool.host.weights
+    residency = pool.coordinator.residency
 
     def may_compute(num_routes: int) -> bool:
         return split.may_compute(residency.num_experts, max(1.0, num_routes / residency.num_experts))
@@ -216,9 +216,7 @@ def _compute_misses(
     hosts = [HostLayer(loaded.modules[index], may_compute) for index in layers]
     rates = rates_of(pool, hosts, device)
     split = MissSplit(rates, 1.0 if profile.miss == "compute" else profile.compute.host_share)
-    pool.coordinator.misses = Misses(
-        split, lambda expert: weights(expert) is not None, pool.host.hold, pool.host.release
-    )
+    pool.coordinator.misses = Misses(split, pool.host.has, pool.host.hold, pool.host.release)
     threads = f"{profile.compute.threads} CPU thread{'' if profile.compute.threads == 1 else 's'}"
     note = (
         f"a miss takes {1e3 * rates.copy_s:.3g} ms to copy and {1e3 * rates.compute_s(1):.3g} ms to compute on "

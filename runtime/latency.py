@@ -117,15 +117,23 @@ class LatencyWatch:
             self._is_told = before
 
     def stats(self) -> LatencyStats:
-        """What was seen since the last `reset`. A prompt is taken to be at its end where no pass of it runs now."""
+        """What was seen since the last `reset`.
+
+        A prompt is taken to be at its end where no pass of it runs now, until one does: then its time grows.
+        """
+        ended = Histogram(LATENCY_BUCKETS_S)
         with self._lock:
-            texts = [of for of in self._texts.values() if of is not self._running]
-        for of in texts:
-            self._end_prefill(of)
-        return LatencyStats(self._passes.value().sum, self._ttft.value(), self._tpot.value())
+            for of in self._texts.values():
+                if of.prefill_s is not None and of is not self._running:
+                    ended.observe(of.prefill_s, of.num_sequences)
+            ttft = self._ttft.value() + ended.value()
+        return LatencyStats(self._passes.value().sum, ttft, self._tpot.value())
 
     def reset(self) -> None:
         """Forget what was seen."""
+        with self._lock:
+            for of in self._texts.values():
+                of.prefill_s = None
         for histogram in (self._ttft, self._tpot, self._passes):
             histogram.reset()
 

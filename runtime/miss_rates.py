@@ -33,7 +33,7 @@ def rates_of(pool: Pool, layers: Sequence[HostLayer], device: torch.device) -> M
     assert pool.host is not None, "nothing is computed on the host"
     residency, host = pool.coordinator.residency, pool.host
     total = residency.num_layers * residency.num_experts
-    experts = [expert for expert in range(total) if host.weights(expert) is not None][:_EXPERTS]
+    experts = [expert for expert in range(total) if host.has(expert)][:_EXPERTS]
     found: dict[int, MissRates] = {}
     for gemv_rows in (FEW_ROWS, 0):
         for layer in layers:

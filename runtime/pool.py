@@ -36,6 +36,9 @@ class ExpertPlaces(Protocol):
 class HostWeights(Protocol):
     """Where experts rest that can be computed there: `HostSlab`, `HostRows`."""
 
+    def has(self, expert: int) -> bool:
+        """Whether an expert is in host memory now."""
+
     def weights(self, expert: int) -> Weights | None:
         """The tensors of an expert in host memory, as long as it is held; None: it is not there now."""
 

@@ -228,6 +228,18 @@ def test_what_the_driver_does_not_pin_stays_pageable(checkpoint: Path, cuda: Fak
         assert not cuda.registered
 
 
+def test_what_is_pinned_stays_out_of_forked_children(checkpoint: Path, cuda: FakeCuda) -> None:
+    def leaves_out_children(address: int) -> bool:
+        number = f"{address:x}-"
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        after = lines[next(i for i, line in enumerate(lines) if line.startswith(number)) :]
+        return "dc" in next(line for line in after if line.startswith("VmFlags:")).split()
+
+    for more in ({}, SOME):
+        with runtime.load(checkpoint, device=GPU, overrides={"cache.slots": 4, **more}):
+            assert leaves_out_children(min(cuda.registered))
+
+
 def test_a_kernel_does_not_hear_of_memory_that_was_not_pinned(cuda: FakeCuda) -> None:
     cuda.pin_limit_bytes = 0
     assert not pins_beyond(1 << 16, GPU) and not cuda.registered

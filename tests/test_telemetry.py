@@ -214,6 +214,25 @@ def test_a_prompt_fed_in_parts_has_one_first_token() -> None:
     assert run.seen() == ([2, 12.0], [2, 2.0])
 
 
+def test_who_asks_between_the_parts_of_a_prompt_does_not_make_two_of_it() -> None:
+    run = _Run()
+    run.go(Phase.PREFILL, 5.0, 0, 0)
+    assert run.seen() == run.seen() == ([1, 5.0], [0, 0.0])
+    run.go(Phase.PREFILL, 2.0, 0, 0)
+    assert run.seen() == ([1, 7.0], [0, 0.0])
+    run.go(Phase.DECODE, 1.0, 0)
+    assert run.seen() == ([1, 7.0], [1, 1.0])
+
+
+def test_a_reset_forgets_prompts_that_have_ended() -> None:
+    run = _Run()
+    run.go(Phase.PREFILL, 5.0, 0, 0)
+    run.watch.reset()
+    assert run.seen() == ([0, 0.0], [0, 0.0])
+    run.go(Phase.DECODE, 1.0, 0)
+    assert run.seen() == ([0, 0.0], [1, 1.0])
+
+
 def test_a_prompt_of_one_token_has_a_first_token_too() -> None:
     run = _Run()
     run.go(Phase.DECODE, 2.0, 0)

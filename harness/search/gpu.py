@@ -15,7 +15,8 @@ from harness.search.trial import TrialRunner
 from runtime.errors import DeviceError
 from runtime.host_memory import HostPlan, PoolNeed, host_memory, plan_host
 from runtime.transfer.host_slab import ALIGNMENT_BYTES
-from runtime.transfer.layout import PAGE_BYTES, align
+from runtime.transfer.layout import align
+from runtime.transfer.slots import PAGE_BYTES
 
 if TYPE_CHECKING:
     from harness.probe import Probe

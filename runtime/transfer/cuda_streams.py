@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from runtime.cuda_driver import CudaDriver
 from runtime.transfer.cuda import Lane
 from runtime.transfer.device_slots import DeviceSlots
 from runtime.transfer.host_slab import Span
-from runtime.transfer.slots import SlotArena
+from runtime.transfer.slots import PAGE_BYTES, SlotArena
 
 _HIGH, _LOW = -1, 0  # priorities of streams
 
@@ -106,6 +105,8 @@ class CudaStreams:
 
     def _pin(self) -> tuple[int, list[str]]:
         wanted_bytes, row_bytes = self._source.pinned_bytes, self._source.arena.slot_bytes
+        if wanted_bytes:
+            self._source.arena.keep_from_children()
         num_bytes, notes = wanted_bytes, list[str]()
         while num_bytes:
             try:
@@ -125,7 +126,7 @@ def pins_beyond(limit_bytes: int, device: torch.device) -> bool:
     """Whether the driver pins more than RLIMIT_MEMLOCK allows: tried, where the limit is small enough to be tried."""
     if limit_bytes > _MOST_TRIED_BYTES:
         return False
-    mapping, driver = SlotArena(limit_bytes // mmap.PAGESIZE + 2, mmap.PAGESIZE), CudaDriver(device)
+    mapping, driver = SlotArena(limit_bytes // PAGE_BYTES + 2, PAGE_BYTES), CudaDriver(device)
     try:
         driver.pin(mapping.address(0), mapping.num_slots * mapping.slot_bytes)
     except RuntimeError:

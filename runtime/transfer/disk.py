@@ -12,10 +12,10 @@ import torch
 from runtime.errors import TransferError
 from runtime.transfer.base import Transfer, TransferStats
 from runtime.transfer.io_crew import HANG_S, BusyClock, IoCrew
-from runtime.transfer.layout import PAGE_BYTES, Conversion, Segment, Source
+from runtime.transfer.layout import Conversion, Segment, Source
 from runtime.transfer.queue import LoadState, QueuedLoad
 from runtime.transfer.reader import FileReader, Read, Region, cut
-from runtime.transfer.slots import SlotArena
+from runtime.transfer.slots import PAGE_BYTES, SlotArena
 from runtime.transfer.store import ExpertStore
 from runtime.vocabulary import Load
 

@@ -9,8 +9,8 @@ import torch
 from runtime import numa
 from runtime.cache.residency import Residency
 from runtime.transfer.host_slab import Span, slot_layout
-from runtime.transfer.layout import PAGE_BYTES, align
-from runtime.transfer.slots import SlotArena, TensorPlace
+from runtime.transfer.layout import align
+from runtime.transfer.slots import PAGE_BYTES, SlotArena, TensorPlace
 from runtime.transfer.store import ExpertStore
 
 
@@ -54,14 +54,18 @@ class HostRows:
         """Places of an expert's tensors in its slot, in the order of the layer's parameters: the same for all."""
         return self._places
 
+    def has(self, expert: int) -> bool:
+        """Whether an expert is in host memory: in a row, and not on its way there."""
+        return self.residency.slot_of(expert) >= 0 and not self.residency.is_loading(expert)
+
     def weights(self, expert: int) -> Mapping[str, torch.Tensor] | None:
         """The parameters of an expert that is in host memory, as views of its row; None: it is not there.
 
         Valid until the next call of the transfer, unless it is held.
         """
-        row = self.residency.slot_of(expert)
-        if row < 0 or self.residency.is_loading(expert):
+        if not self.has(expert):
             return None
+        row = self.residency.slot_of(expert)
         return {place.name: self.arena.view(row, place) for place in self.store.tensors(expert)}
 
     def hold(self, experts: Collection[int]) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from runtime import numa
 from runtime.transfer.disk import DiskTransfer
-from runtime.transfer.layout import PAGE_BYTES, align
-from runtime.transfer.slots import SlotArena, TensorPlace
+from runtime.transfer.layout import align
+from runtime.transfer.slots import PAGE_BYTES, SlotArena, TensorPlace
 from runtime.transfer.store import ExpertStore
 from runtime.vocabulary import Load, LoadReason
 
@@ -77,6 +77,10 @@ class HostSlab:
     def tensors(self, expert: int) -> tuple[TensorPlace, ...]:
         """Places of an expert's tensors in its slot, in the order of the layer's parameters: the same for all."""
         return self._places
+
+    def has(self, expert: int) -> bool:
+        """Every expert that there is."""
+        return expert in self._rows
 
     def weights(self, expert: int) -> Mapping[str, torch.Tensor] | None:
         """The tensors of an expert where they rest, no copy; None would mean that it is not in host memory now."""

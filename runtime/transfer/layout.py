@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from runtime.transfer.slots import TensorPlace
+from runtime.transfer.slots import PAGE_BYTES, TensorPlace
 
-PAGE_BYTES = 4096
 _ALIGNMENT_BYTES = 64
 
 

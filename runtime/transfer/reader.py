@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from runtime.errors import CheckpointError
-from runtime.transfer.layout import PAGE_BYTES, Segment
+from runtime.transfer.layout import Segment
+from runtime.transfer.slots import PAGE_BYTES
 
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 

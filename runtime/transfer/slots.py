@@ -12,6 +12,9 @@ import torch
 
 from runtime.errors import BudgetError
 
+PAGE_BYTES = 4096
+"""What O_DIRECT wants reads and their places aligned to. The kernel's own pages may be larger, as 64 KiB on Arm."""
+
 
 class TensorPlace(NamedTuple):
     """Where one tensor of an expert lies in the expert's slot: `slot_offset` bytes from its start, contiguous."""
@@ -36,8 +39,8 @@ class SlotArena:
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         if num_slots < 1:
             raise BudgetError(f"{num_slots} slots of {slot_bytes} bytes: at least one is needed; allow more memory")
-        if slot_bytes < 1 or slot_bytes % mmap.PAGESIZE:
-            raise ValueError(f"slot_bytes must be a positive multiple of {mmap.PAGESIZE}, not {slot_bytes}")
+        if slot_bytes < 1 or slot_bytes % PAGE_BYTES:
+            raise ValueError(f"slot_bytes must be a positive multiple of {PAGE_BYTES}, not {slot_bytes}")
         self.num_slots, self.slot_bytes = num_slots, slot_bytes
         try:
             self._mapping = mmap.mmap(-1, num_slots * slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -55,7 +58,7 @@ class SlotArena:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 
     def address(self, slot: int) -> int:
-        """The address of the first byte of `slot`; a multiple of the page size."""
+        """The address of the first byte of `slot`; a multiple of `PAGE_BYTES`."""
         return self._address + self._start(slot)
 
     def buffer(self, slot: int) -> memoryview:
@@ -86,15 +89,24 @@ class SlotArena:
         The addresses stay valid: a slot that is written again is charged again. Nobody may be using those slots.
 
         Returns:
-            bytes of those slots that the system has back now, or never charged.
+            bytes of those slots that the system has back now, or never charged: whole pages of the kernel.
         """
         if not 1 <= num_slots <= self.num_slots:
             raise BudgetError(f"the arena has {self.num_slots} slots: {num_slots} of them cannot be kept")
-        start = num_slots * self.slot_bytes
-        num_bytes = self.num_slots * self.slot_bytes - start
+        start = -(-num_slots * self.slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        num_bytes = max(0, self.num_slots * self.slot_bytes - start)
         if num_bytes:
             self._mapping.madvise(mmap.MADV_DONTNEED, start, num_bytes)
         return num_bytes
+
+    def keep_from_children(self) -> None:
+        """Leave the memory out of processes that are forked from now on: they die if they touch it.
+
+        For memory that a device reads. A fork would copy all that is pinned, at once; older kernels would give the
+        parent new pages for what it writes, and the device would go on reading the old ones.
+        """
+        if hasattr(mmap, "MADV_DONTFORK"):
+            self._mapping.madvise(mmap.MADV_DONTFORK)
 
     def _start(self, slot: int) -> int:
         if not 0 <= slot < self.num_slots:

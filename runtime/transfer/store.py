@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.transfer.layout import PAGE_BYTES, ExpertLayer, ExpertParameter, Recipe, align, lay_out
+from runtime.transfer.layout import ExpertLayer, ExpertParameter, Recipe, align, lay_out
 from runtime.transfer.safetensors_index import read_index
-from runtime.transfer.slots import TensorPlace
+from runtime.transfer.slots import PAGE_BYTES, TensorPlace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -48,6 +48,16 @@ def test_release_tail_forgets_the_tail_and_keeps_the_rest() -> None:
             arena.release_tail(num_slots)
 
 
+def test_release_tail_gives_back_whole_pages_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = SlotArena(40, 4096)
+    for slot in range(40):
+        arena.view(slot, PLACE).fill_(1.0)
+    monkeypatch.setattr(mmap, "PAGESIZE", 1 << 16)
+    assert arena.release_tail(3) == 24 * 4096
+    assert [slot for slot in range(40) if arena.view(slot, PLACE).all()] == list(range(16))
+    assert arena.release_tail(33) == 0
+
+
 def test_move_copies_a_whole_slot_and_nothing_else() -> None:
     arena = SlotArena(4, 8192)
     for slot in range(4):
