@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import resource
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -121,17 +122,20 @@ class CudaStreams:
         return num_bytes, notes
 
 
-def pins_beyond(limit_bytes: int, device: torch.device) -> bool:
-    """Whether the driver pins more than RLIMIT_MEMLOCK allows: tried, where the limit is small enough to be tried."""
-    if limit_bytes > _MOST_TRIED_BYTES:
-        return False
-    mapping, driver = SlotArena(limit_bytes // mmap.PAGESIZE + 2, mmap.PAGESIZE), CudaDriver(device)
+def pins_beyond_limit(device: torch.device) -> bool:
+    """Whether the driver pins more than RLIMIT_MEMLOCK allows: tried with one page, while not even that is allowed.
+
+    A limit of gigabytes would take as much memory, and seconds, to be exceeded.
+    """
+    mapping, driver = SlotArena(1, mmap.PAGESIZE), CudaDriver(device)
+    driver.wait()  # whatever CUDA locks for itself it has locked
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     try:
-        driver.pin(mapping.address(0), mapping.num_slots * mapping.slot_bytes)
-    except RuntimeError:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard))
+        driver.pin(mapping.address(0), mmap.PAGESIZE)
+    except (OSError, ValueError, RuntimeError):
         return False
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
     driver.unpin(mapping.address(0))
     return True
-
-
-_MOST_TRIED_BYTES = 256 << 20
