@@ -158,8 +158,8 @@ class CudaUploader:
         stream = self._driver.stream
         if stream is not self._stream or self._end_bytes + num_bytes > self._half_bytes:
             self._events[self._half].record(self._stream)
+            self._events[1 - self._half].synchronize()  # before it is taken: an interrupt here must not leave it unread
             self._half, self._end_bytes, self._stream = 1 - self._half, 0, stream
-            self._events[self._half].synchronize()
         start = self._half * self._half_bytes + self._end_bytes
         self._end_bytes += -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         return self._memory.data_ptr() + start

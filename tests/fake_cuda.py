@@ -10,6 +10,7 @@ gradients.
 from __future__ import annotations
 
 import ctypes
+import resource
 import threading
 import weakref
 from collections import Counter, deque
@@ -73,7 +74,7 @@ class FakeCuda:
     Attributes:
         calls: of the driver's functions, by name. failures: errors that their next calls return, by name.
         num_syncs: how often the host waited for a device in torch's calls. num_pageable: copies it waited for.
-        pin_limit_bytes: that can be registered at once.
+        pin_limit_bytes: that can be registered at once. heeds_memlock: nor more than RLIMIT_MEMLOCK.
         pinned: ranges that are, by address.
     """
 
@@ -82,7 +83,7 @@ class FakeCuda:
         self.calls: Counter[str] = Counter()
         self.failures: dict[str, list[int]] = {}
         self.num_syncs = self.num_pageable = 0
-        self.pin_limit_bytes = 1 << 60
+        self.pin_limit_bytes, self.heeds_memlock = 1 << 60, False
         self.registered: dict[int, int] = {}
         self.pinned: dict[int, int] = {}
         # Kept: like torch's allocator, which gives memory to nobody before its stream has come to that.
@@ -218,7 +219,9 @@ class FakeCuda:
             return INVALID_VALUE
         if any(address < at + size and at < address + num_bytes for at, size in self.registered.items()):
             return ALREADY_REGISTERED
-        if sum(self.registered.values()) + num_bytes > self.pin_limit_bytes:
+        memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        limit_bytes = min(self.pin_limit_bytes, memlock) if self.heeds_memlock else self.pin_limit_bytes
+        if sum(self.registered.values()) + num_bytes > limit_bytes:
             return OUT_OF_MEMORY
         ctypes.memmove(address, ctypes.string_at(address, num_bytes), num_bytes)  # all of it is there, and writable
         self.registered[address] = num_bytes
@@ -430,6 +433,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _cuda.catch_up(_cuda.current(index))
     is_waited_for = name == "copy_" and bool(on_host) and not (args[2:] or kwargs.get("non_blocking"))
     _cuda.num_syncs += to_host or name in _SYNCING or is_waited_for
+    if name == "_grouped_mm":
+        _cuda.num_syncs += _check_groups(given)
     inside = {id(_inner(one)): one for one in given}
     plain_args, plain_kwargs = tree_map(_inner, (args, kwargs))
     found = func(*plain_args, **plain_kwargs)
@@ -439,6 +444,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _fill(found, index)
     assert all(one.shape == _inner(one).shape for one in inside.values()), f"{func} gives a tensor another size"
     return tree_map(lambda one: inside[id(one)] if id(one) in inside else _wrapped(one, index), found)
+
+
+def _check_groups(given: list[torch.Tensor]) -> bool:
+    """Whether torch's host reads how large the groups are: the one kernel on the device is bfloat16's."""
+    assert all(one.data_ptr() % 16 == 0 for one in given[:2]), "expected data_ptr to be aligned to 16 bytes"
+    return any(one.dtype is not torch.bfloat16 for one in given[:2])
 
 
 def _inner(value: Any) -> Any:
