@@ -195,7 +195,7 @@ class GroupedKernel(RowKernel):
 def _multiplies_groups(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has a kernel for groups of rows on `device`. On a GPU without, it brings their sizes to the host,
     which waits for them, to do what a plain product of each group does."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return True
     return dtype is torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in _CAPABLE
 

@@ -128,9 +128,9 @@ def pins_beyond_limit(device: torch.device) -> bool:
     A limit of gigabytes would take as much memory, and seconds, to be exceeded.
     """
     mapping, driver = SlotArena(1, mmap.PAGESIZE), CudaDriver(device)
-    driver.wait()  # whatever CUDA locks for itself it has locked
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     try:
+        driver.wait()  # whatever CUDA locks for itself is locked by then
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard))
         driver.pin(mapping.address(0), mmap.PAGESIZE)
     except (OSError, ValueError, RuntimeError):
