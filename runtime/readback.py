@@ -121,7 +121,11 @@ def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
 def upload(values: torch.Tensor | npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """`values` of the host on the device, where the host is that: themselves. They may be written again at once."""
     tensor = torch.as_tensor(values)
-    return tensor if device.type == "cpu" else _uploader(device)(tensor)
+    if device.type == "cpu":
+        return tensor
+    with _MAKING:  # one that another thread's replaces would go, and its memory to others, while it is copied from
+        send = _uploader(device)
+    return send(tensor)
 
 
 class CudaUploader:
@@ -166,6 +170,7 @@ class CudaUploader:
 
 
 _ALIGNMENT_BYTES = 64
+_MAKING = threading.Lock()
 
 
 @cache

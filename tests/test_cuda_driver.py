@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +18,7 @@ from interrupts import interrupted_at
 from tiny import EXPERTS, LAYERS, TOP_K, save_tiny
 
 import runtime
-from runtime import build, devices, host_memory, numa
+from runtime import build, devices, host_memory, numa, readback
 from runtime.cache.miss import MissRates
 from runtime.cuda_driver import CudaDriver
 from runtime.errors import DeviceError, ExpertFlowError, TransferError
@@ -215,6 +217,18 @@ def test_another_thread_may_count_and_close_while_copies_are_under_way(cuda: Fak
     assert not cuda.registered
 
 
+def test_no_call_takes_memory_of_another_gpu(checkpoint: Path, two: FakeCuda) -> None:
+    """Of which a context takes hundreds of megabytes, and where nothing is free there is an error instead."""
+    overrides = {"predictor.kind": "gate_lookahead", "prefetch.depth": 1, "cache.slots": 6}
+    with runtime.load(checkpoint, device=torch.device("cuda", 1), overrides=overrides) as engine:
+        logits_of(engine, two)
+        transfer = engine._pools[0].coordinator.transfer
+        transfer.submit([Load(0, 0, LoadReason.PREFETCH)])
+        assert in_thread(engine.stats).num_loads > 0
+        in_thread(transfer.drain)
+    assert two.contexts == {1}
+
+
 def test_an_engine_runs_and_closes_in_threads_of_its_own(checkpoint: Path, cuda: FakeCuda) -> None:
     overrides = {"cache.slots": 4, "predictor.kind": "gate_lookahead", "prefetch.depth": 1}
     engine = runtime.load(checkpoint, device=GPU, overrides=overrides)
@@ -333,6 +347,23 @@ def test_each_half_of_what_is_sent_is_on_one_stream(cuda: FakeCuda) -> None:
     for number, (stream, there) in enumerate(sent):
         with torch.cuda.stream(stream):
             assert there.tolist() == [number] * 200
+
+
+def test_threads_that_send_first_at_once_share_one_sender(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, made = threading.Barrier(2), []
+
+    class Slow(CudaUploader):
+        def __init__(self, device: torch.device) -> None:
+            made.append(device)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                begun.wait(timeout=0.5)  # for another one, if there can be
+            super().__init__(device)
+
+    monkeypatch.setattr(readback, "CudaUploader", Slow)
+    with ThreadPoolExecutor(2) as threads:
+        for there in threads.map(lambda number: upload(torch.full((9,), number), GPU).tolist(), range(2)):
+            assert len(set(there)) == 1
+    assert len(made) == 1
 
 
 def test_an_interrupt_leaves_what_is_on_its_way_as_it_is(cuda: FakeCuda) -> None:

@@ -85,10 +85,12 @@ class CudaStreams:
                 raise
 
     def is_done(self, event: torch.cuda.Event) -> bool:
-        return bool(event.query())
+        with self._driver.current():
+            return bool(event.query())
 
     def synchronize(self, event: torch.cuda.Event) -> None:
-        event.synchronize()
+        with self._driver.current():
+            event.synchronize()
 
     def elapsed_s(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
         return float(begin.elapsed_time(end)) / 1e3
