@@ -350,11 +350,11 @@ def test_each_half_of_what_is_sent_is_on_one_stream(cuda: FakeCuda) -> None:
 
 
 def test_threads_that_send_first_at_once_share_one_sender(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, made = threading.Barrier(2), []
+    begun, made = threading.Barrier(2), list[CudaUploader]()
 
     class Slow(CudaUploader):
         def __init__(self, device: torch.device) -> None:
-            made.append(device)
+            made.append(self)  # kept: its memory must not go while it is copied from
             with contextlib.suppress(threading.BrokenBarrierError):
                 begun.wait(timeout=0.5)  # for another one, if there can be
             super().__init__(device)
