@@ -16,7 +16,7 @@ from runtime.pool import ExpertPlaces, HostWeights, Slots
 from runtime.profile import Profile, Tiers
 from runtime.transfer.base import Transfer
 from runtime.transfer.cuda import CudaTransfer
-from runtime.transfer.cuda_streams import CudaStreams, pins_beyond
+from runtime.transfer.cuda_streams import CudaStreams, pins_beyond_limit
 from runtime.transfer.device_slots import DeviceSlots
 from runtime.transfer.disk import DiskTransfer
 from runtime.transfer.host_rows import HostRows
@@ -54,8 +54,7 @@ def plan_host_tier(
         BudgetError: the host has no room for them.
     """
     memory = host_memory()
-    limit = memory.memlock_bytes
-    if limit is not None and device.type == "cuda" and pins_beyond(limit, device):
+    if memory.memlock_bytes is not None and device.type == "cuda" and pins_beyond_limit(device):
         memory = replace(memory, memlock_bytes=None)
     needs = [
         PoolNeed(len(store.experts), slab_slot_bytes(store), store.slot_bytes, min(facts.top_k, store.num_experts))

@@ -83,15 +83,16 @@ class CudaDriver:
         return torch._C._cuda_getCurrentRawStream(self._device.index)
 
     def _run(self, what: str, call: Any, *arguments: int) -> None:
-        with self._context():
+        with self.current():
             error = call(*arguments)
             if error == _NO_CONTEXT_IS_CURRENT:  # and nothing was done
                 error = self._make_current() or call(*arguments)
         if error:
             raise RuntimeError(f"CUDA error {error}{self._meaning(error)} in {what}")
 
-    def _context(self) -> contextlib.AbstractContextManager[object]:
-        """The driver takes the thread's current device; with one GPU it can be no other."""
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        """Within it the GPU is the thread's current device, which the driver takes, and for which CUDA takes memory at
+        a thread's first call; with one GPU it can be no other."""
         is_current = self._is_only or torch.cuda.current_device() == self._device.index
         return _NOTHING if is_current else torch.cuda.device(self._device)
 

@@ -106,6 +106,12 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if is_gpu(device) else nullcontext()
 
 
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given, on whichever stream."""
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
+
+
 def in_turn(device: torch.device) -> Callable[[Pass], None]:
     """Called as each pass begins: a GPU then finishes the one before first, should that be another thread's on a stream
     of its own. Expert slots are shared, and loads are ordered against one compute stream at a time."""

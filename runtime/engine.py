@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime import machine
-from runtime.devices import peak_bytes
+from runtime.devices import finish, peak_bytes
 from runtime.errors import UsageError
 from runtime.experts import LayerRunner, Reroute
 from runtime.kernels import Kernel
@@ -348,6 +348,7 @@ class Engine:
         """
         (pool,) = self._pools
         with self._between_passes():
+            finish(self.model.device)  # the last pass may have computed on another stream, and still use the slots
             pool.coordinator.transfer.drain()
             start = time.perf_counter()
             pool.replay(loads)

@@ -97,7 +97,7 @@ def resolve(profile: Profile, facts: ModelFacts, device: torch.device = CPU) -> 
     """
     wanted = wanted_slots(profile.cache.slots, facts.num_experts_total)
     if is_gpu(device):
-        buffer_bytes, limit = CUDA_BUFFER_BYTES, free_bytes(device)
+        buffer_bytes, limit = cuda_buffer_bytes(facts, _context(profile)), free_bytes(device)
     else:
         buffer_bytes = machine.resident_bytes() + BUFFER_BYTES
         limit = machine.resident_bytes() + machine.available_memory_bytes()
@@ -123,19 +123,34 @@ def resolve(profile: Profile, facts: ModelFacts, device: torch.device = CPU) -> 
 # Activations, the tokenizer, prepared matrix products (`machine.limit_matmul_caches`), and what loading takes for a
 # moment beside the weights (measured, results/LOG.md).
 BUFFER_BYTES = 164 << 20
-# Of a GPU: activations and the libraries' workspaces. What CUDA itself takes is not in the memory that is free.
+# Of a GPU, the least: activations and the libraries' workspaces and kernels. What CUDA itself takes is not in the
+# memory that is free.
 CUDA_BUFFER_BYTES = 512 << 20
+_CUDA_LIBRARY_BYTES = 256 << 20  # of these, whatever the prompt
+_ROWS_PER_TOKEN = 8  # of the hidden size, beside one for each expert of a token: residual stream, attention, sums
 RESIDENT_FACTOR = 1.3  # of a model's bytes, to load and run it whole
 DEFAULT_CONTEXT = 4096  # tokens of KV cache that are allowed for where the profile does not say
+
+
+def cuda_buffer_bytes(facts: ModelFacts, context: int) -> int:
+    """What is set aside of a GPU beside weights, slots and KV cache, for prompts of up to `context` tokens.
+
+    A prompt is computed whole: its rows, one for each token and expert (`kernels.rows`), are its largest activation.
+    """
+    row_bytes = (getattr(facts.config.get_text_config(), "hidden_size", None) or 0) * facts.dtype.itemsize
+    return max(CUDA_BUFFER_BYTES, _CUDA_LIBRARY_BYTES + context * (facts.top_k + _ROWS_PER_TOKEN) * row_bytes)
+
+
+def _context(profile: Profile) -> int:
+    return (profile.workload.context if profile.workload is not None else None) or DEFAULT_CONTEXT
 
 
 def _kv_bytes(profile: Profile, facts: ModelFacts) -> int:
     """What the profile sets aside, else the upper bound for its context and the sequences under way."""
     if profile.cache.kv_bytes is not None:
         return profile.cache.kv_bytes
-    context = (profile.workload.context if profile.workload is not None else None) or DEFAULT_CONTEXT
     sequences = profile.scheduler.num_sequences
-    return machine.kv_cache_bytes(facts.config, context, sequences, dtype_bytes=facts.dtype.itemsize)
+    return machine.kv_cache_bytes(facts.config, _context(profile), sequences, dtype_bytes=facts.dtype.itemsize)
 
 
 def wanted_slots(slots: int | str | None, num_experts: int) -> int:

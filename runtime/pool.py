@@ -161,6 +161,7 @@ class Pool:
             transfer.submit([Load(expert, residency.slot_of(expert), LoadReason.DEMAND)])
             transfer.wait_any([expert])
             residency.complete([expert])
+        transfer.drain()  # ready is for the caller's stream, and passes may compute on another
 
 
 class OffloadedSource:

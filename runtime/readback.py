@@ -121,7 +121,11 @@ def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
 def upload(values: torch.Tensor | npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """`values` of the host on the device, where the host is that: themselves. They may be written again at once."""
     tensor = torch.as_tensor(values)
-    return tensor if device.type == "cpu" else _uploader(device)(tensor)
+    if device.type == "cpu":
+        return tensor
+    with _MAKING:  # one that another thread's replaces would go, and its memory to others, while it is copied from
+        send = _uploader(device)
+    return send(tensor)
 
 
 class CudaUploader:
@@ -158,14 +162,15 @@ class CudaUploader:
         stream = self._driver.stream
         if stream is not self._stream or self._end_bytes + num_bytes > self._half_bytes:
             self._events[self._half].record(self._stream)
+            self._events[1 - self._half].synchronize()  # before it is taken: an interrupt here must not leave it unread
             self._half, self._end_bytes, self._stream = 1 - self._half, 0, stream
-            self._events[self._half].synchronize()
         start = self._half * self._half_bytes + self._end_bytes
         self._end_bytes += -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         return self._memory.data_ptr() + start
 
 
 _ALIGNMENT_BYTES = 64
+_MAKING = threading.Lock()
 
 
 @cache

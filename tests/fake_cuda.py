@@ -10,6 +10,7 @@ gradients.
 from __future__ import annotations
 
 import ctypes
+import resource
 import threading
 import weakref
 from collections import Counter, deque
@@ -73,8 +74,8 @@ class FakeCuda:
     Attributes:
         calls: of the driver's functions, by name. failures: errors that their next calls return, by name.
         num_syncs: how often the host waited for a device in torch's calls. num_pageable: copies it waited for.
-        pin_limit_bytes: that can be registered at once.
-        pinned: ranges that are, by address.
+        pin_limit_bytes: that can be registered at once. heeds_memlock: nor more than RLIMIT_MEMLOCK.
+        pinned: ranges that are, by address. contexts: devices that have one, which takes memory of theirs.
     """
 
     def __init__(self, num_devices: int) -> None:
@@ -82,9 +83,10 @@ class FakeCuda:
         self.calls: Counter[str] = Counter()
         self.failures: dict[str, list[int]] = {}
         self.num_syncs = self.num_pageable = 0
-        self.pin_limit_bytes = 1 << 60
+        self.pin_limit_bytes, self.heeds_memlock = 1 << 60, False
         self.registered: dict[int, int] = {}
         self.pinned: dict[int, int] = {}
+        self.contexts: set[int] = set()
         # Kept: like torch's allocator, which gives memory to nobody before its stream has come to that.
         self.allocated: list[dict[tuple[int, int], Any]] = [{} for _ in range(num_devices)]
         self.allocated_bytes = 0
@@ -112,6 +114,14 @@ class FakeCuda:
         if device >= 0:
             assert device < self.num_devices, "invalid device ordinal"
             self._local.device = self._local.context = device
+            self.contexts.add(device)
+        return before
+
+    def maybe_exchange_device(self, device: int) -> int:
+        """As torch leaves a device again: without a context for one that has none."""
+        if device in self.contexts:
+            return self.exchange_device(device)
+        before, self._local.device = self.device, device
         return before
 
     def current(self, device: int) -> Queue:
@@ -128,12 +138,14 @@ class FakeCuda:
         self._num_streams += 1
         return self.queue(device, (1 << 40) + self._num_streams)  # wider than an int
 
-    def use_runtime(self) -> None:
-        """As every call of the CUDA runtime does."""
+    def use_runtime(self, device: int | None = None) -> None:
+        """As every call of the CUDA runtime does; `device`: that torch makes current for it."""
         if self._lost:
             raise torch.AcceleratorError(self._lost)
-        if self.context is None:
-            self._local.context = self.device
+        used = self.device if self.context is None and device is None else device
+        if used is not None:
+            self.contexts.add(used)
+            self._local.context = self.device if self.device in self.contexts else used
 
     def catch_up(self, queue: Queue) -> None:
         with self._lock:
@@ -169,6 +181,7 @@ class FakeCuda:
 
     def _cuCtxSetCurrent(self, context: int) -> int:
         self._local.device = self._local.context = context - 0x7000_0000_0000
+        self.contexts.add(self.device)
         return 0
 
     def _cuGetErrorString(self, error: int, text: Any) -> int:
@@ -218,7 +231,9 @@ class FakeCuda:
             return INVALID_VALUE
         if any(address < at + size and at < address + num_bytes for at, size in self.registered.items()):
             return ALREADY_REGISTERED
-        if sum(self.registered.values()) + num_bytes > self.pin_limit_bytes:
+        memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        limit_bytes = min(self.pin_limit_bytes, memlock) if self.heeds_memlock else self.pin_limit_bytes
+        if sum(self.registered.values()) + num_bytes > limit_bytes:
             return OUT_OF_MEMORY
         ctypes.memmove(address, ctypes.string_at(address, num_bytes), num_bytes)  # all of it is there, and writable
         self.registered[address] = num_bytes
@@ -292,9 +307,10 @@ class Stream:
     """torch.cuda.Stream."""
 
     def __init__(self, device: Any = None, priority: int = 0, **known: int) -> None:
-        _cuda.use_runtime()
         assert priority in (0, -1) and set(known) in (set(), {"stream_id", "device_index", "device_type"})
         index = known.get("device_index", _index(device))
+        if not known:
+            _cuda.use_runtime(index)
         self.queue = _cuda.queue(index, known["stream_id"]) if known else _cuda.new_queue(index)
         self.device = torch.device("cuda", index)
 
@@ -314,7 +330,7 @@ class Stream:
         return event
 
     def synchronize(self) -> None:
-        _cuda.use_runtime()
+        _cuda.use_runtime(self.queue.device)
         _cuda.catch_up(self.queue)
 
     def __eq__(self, other: object) -> bool:
@@ -331,14 +347,14 @@ class Event:
         self._is_timed, self._at = enable_timing, None
 
     def record(self, stream: Stream | None = None) -> None:
-        _cuda.use_runtime()
         queue = _cuda.current(_cuda.device) if stream is None else stream.queue
+        _cuda.use_runtime(queue.device)
         assert self._at is None or self._at[0].device == queue.device, "an event is of one device"
         self._at = (queue, queue.end)
 
     def wait(self, stream: Stream | None = None) -> None:
-        _cuda.use_runtime()
         queue = _cuda.current(_cuda.device) if stream is None else stream.queue
+        _cuda.use_runtime(queue.device)
         if self._at is not None:
             queue.waiting.append(lambda at=self._at: at[0].run(at[1]))
 
@@ -353,9 +369,9 @@ class Event:
                 self._at[0].run(self._at[1])
 
     def elapsed_time(self, end_event: Event) -> float:
-        _cuda.use_runtime()
         if not (self._is_timed and end_event._is_timed and self._at and end_event._at):
             raise ValueError("Both events must be recorded, with enable_timing=True")
+        _cuda.use_runtime(self._at[0].device)
         if not (self.query() and end_event.query()):
             raise ValueError("Both events must be completed")
         return float(end_event._at[1] - self._at[1])
@@ -416,8 +432,6 @@ def _tensors(*values: Any) -> list[torch.Tensor]:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """A call that names a GPU or takes tensors of one, on the host's tensors inside."""
     name = getattr(func, "__name__", "").partition(".")[0]
-    if name not in _VIEWS:
-        _cuda.use_runtime()
     given = _tensors(args, kwargs)
     indices = {one.device.index for one in given if isinstance(one, CudaTensor)}
     on_host = [one for one in given if not isinstance(one, CudaTensor) and one.dim() and one.device.type == "cpu"]
@@ -426,10 +440,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"Expected all tensors to be on the same device, in {func}")
     to_host = target is not None and target.type == "cpu"
     index = _index(target) if target is not None and not to_host else next(iter(indices))
+    if name not in _VIEWS:
+        _cuda.use_runtime(index)
     if name not in _VIEWS and not name.startswith("empty"):
         _cuda.catch_up(_cuda.current(index))
     is_waited_for = name == "copy_" and bool(on_host) and not (args[2:] or kwargs.get("non_blocking"))
     _cuda.num_syncs += to_host or name in _SYNCING or is_waited_for
+    if name == "_grouped_mm":
+        _cuda.num_syncs += _check_groups(given)
     inside = {id(_inner(one)): one for one in given}
     plain_args, plain_kwargs = tree_map(_inner, (args, kwargs))
     found = func(*plain_args, **plain_kwargs)
@@ -439,6 +457,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _fill(found, index)
     assert all(one.shape == _inner(one).shape for one in inside.values()), f"{func} gives a tensor another size"
     return tree_map(lambda one: inside[id(one)] if id(one) in inside else _wrapped(one, index), found)
+
+
+def _check_groups(given: list[torch.Tensor]) -> bool:
+    """Whether torch's host reads how large the groups are: the one kernel on the device is bfloat16's."""
+    assert all(one.data_ptr() % 16 == 0 for one in given[:2]), "expected data_ptr to be aligned to 16 bytes"
+    return any(one.dtype is not torch.bfloat16 for one in given[:2])
 
 
 def _inner(value: Any) -> Any:
@@ -511,7 +535,7 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
         def made(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
             if device is None or torch.device(device).type != "cuda":
                 return make(*args, device=device, **kwargs)
-            cuda.use_runtime()
+            cuda.use_runtime(_index(device))
             here = make(*args, device="cpu", **kwargs)
             cuda.num_syncs += make is tensor and here.numel() > 0
             made: torch.Tensor = _wrapped(here, _index(device))
@@ -523,7 +547,7 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
         return {f"{kind}_bytes": {"all": dict.fromkeys(("current", "peak"), cuda.allocated_bytes)} for kind in _KINDS}
 
     def synchronize(device: Any = None) -> None:
-        cuda.use_runtime()
+        cuda.use_runtime(_index(device))
         for queue in list(cuda._queues.values()):
             if queue.device == _index(device):
                 cuda.catch_up(queue)
@@ -542,7 +566,7 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
         "is_available": lambda: True,
         "device_count": lambda: num_devices,
         "_exchange_device": cuda.exchange_device,
-        "_maybe_exchange_device": cuda.exchange_device,
+        "_maybe_exchange_device": cuda.maybe_exchange_device,
         "_get_device_properties": _properties,
         "cudart": lambda: SimpleNamespace(cudaMemGetInfo=lambda index: (FREE_BYTES, TOTAL_BYTES)),
         "synchronize": synchronize,

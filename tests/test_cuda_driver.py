@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +14,11 @@ import fake_cuda
 import pytest
 import torch
 from fake_cuda import FakeCuda
+from interrupts import interrupted_at
 from tiny import EXPERTS, LAYERS, TOP_K, save_tiny
 
 import runtime
-from runtime import build, devices, host_memory, numa
+from runtime import build, devices, host_memory, numa, readback
 from runtime.cache.miss import MissRates
 from runtime.cuda_driver import CudaDriver
 from runtime.errors import DeviceError, ExpertFlowError, TransferError
@@ -24,7 +28,7 @@ from runtime.prompts import PromptRequest
 from runtime.readback import CudaReader, CudaUploader, upload
 from runtime.serving import run_batch
 from runtime.transfer.cuda import CudaTransfer
-from runtime.transfer.cuda_streams import CudaStreams, pins_beyond
+from runtime.transfer.cuda_streams import CudaStreams, pins_beyond_limit
 from runtime.transfer.device_slots import DeviceSlots
 from runtime.transfer.host_slab import HostSlab
 from runtime.vocabulary import Load, LoadReason
@@ -100,6 +104,15 @@ def test_an_engine_equals_the_resident_model(checkpoint: Path, cuda: FakeCuda, n
         assert stats.num_loads > 0 and stats.peak_gpu_bytes > 0
         assert cuda.num_pageable == 0 and stats.num_failed_loads == 0
     assert not cuda.registered
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_groups_that_torch_has_no_kernel_for(checkpoint: Path, cuda: FakeCuda, dtype: torch.dtype) -> None:
+    overrides = {"cache.slots": TOP_K, "compute.decode": "grouped_mm"}
+    with runtime.load_reference(checkpoint, device=GPU, dtype=dtype, overrides=overrides) as reference:
+        expected = logits_of(reference, cuda)
+    with runtime.load(checkpoint, device=GPU, dtype=dtype, overrides=overrides) as engine:
+        assert all(map(torch.equal, logits_of(engine, cuda), expected))
 
 
 def test_the_fake_notices_a_wait_that_is_left_out(
@@ -204,6 +217,18 @@ def test_another_thread_may_count_and_close_while_copies_are_under_way(cuda: Fak
     assert not cuda.registered
 
 
+def test_no_call_takes_memory_of_another_gpu(checkpoint: Path, two: FakeCuda) -> None:
+    """Of which a context takes hundreds of megabytes, and where nothing is free there is an error instead."""
+    overrides = {"predictor.kind": "gate_lookahead", "prefetch.depth": 1, "cache.slots": 6}
+    with runtime.load(checkpoint, device=torch.device("cuda", 1), overrides=overrides) as engine:
+        logits_of(engine, two)
+        transfer = engine._pools[0].coordinator.transfer
+        transfer.submit([Load(0, 0, LoadReason.PREFETCH)])
+        assert in_thread(engine.stats).num_loads > 0
+        in_thread(transfer.drain)
+    assert two.contexts == {1}
+
+
 def test_an_engine_runs_and_closes_in_threads_of_its_own(checkpoint: Path, cuda: FakeCuda) -> None:
     overrides = {"cache.slots": 4, "predictor.kind": "gate_lookahead", "prefetch.depth": 1}
     engine = runtime.load(checkpoint, device=GPU, overrides=overrides)
@@ -240,24 +265,49 @@ def test_what_is_pinned_stays_out_of_forked_children(checkpoint: Path, cuda: Fak
             assert leaves_out_children(min(cuda.registered))
 
 
+@pytest.fixture
+def memlock() -> Iterator[Callable[[int], None]]:
+    """Sets what this process may lock, until the test has ended."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    yield lambda num_bytes: resource.setrlimit(resource.RLIMIT_MEMLOCK, (num_bytes, hard))
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
+
+
 def test_a_kernel_does_not_hear_of_memory_that_was_not_pinned(cuda: FakeCuda) -> None:
     cuda.pin_limit_bytes = 0
-    assert not pins_beyond(1 << 16, GPU) and not cuda.registered
+    assert not pins_beyond_limit(GPU) and not cuda.registered
     cuda.pin_limit_bytes = 1 << 30
-    assert pins_beyond(1 << 16, GPU) and not cuda.registered
-    assert not pins_beyond(1 << 40, GPU)  # not tried
+    assert pins_beyond_limit(GPU) and not cuda.registered
     assert cuda.calls["cuMemHostRegister_v2"] == 2
     assert torch.ones(3, device=GPU).tolist() == [1, 1, 1]
 
 
-def test_a_limit_that_the_driver_does_not_heed_does_not_count(
-    checkpoint: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("limit_bytes", [1 << 16, 1 << 40])
+def test_a_limit_of_any_size_is_tried_with_a_page(
+    cuda: FakeCuda, memlock: Callable[[int], None], limit_bytes: int
 ) -> None:
-    monkeypatch.setattr(host_memory, "memlock_limit_bytes", lambda: 2 * 4096)
-    for limit, pinned in ((1 << 30, NUM_EXPERTS), (2 * 4096, 2)):
-        cuda.pin_limit_bytes = limit
-        with runtime.load(checkpoint, device=GPU):
-            assert sum(cuda.registered.values()) == pinned * 4096
+    hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    memlock(limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard))
+    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    assert pins_beyond_limit(GPU)
+    cuda.heeds_memlock = True
+    assert not pins_beyond_limit(GPU)
+    assert resource.getrlimit(resource.RLIMIT_MEMLOCK) == before and not cuda.registered
+
+
+@pytest.mark.parametrize("heeds_memlock", [True, False])
+def test_a_limit_that_the_driver_does_not_heed_does_not_count(
+    checkpoint: Path,
+    cuda: FakeCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    memlock: Callable[[int], None],
+    heeds_memlock: bool,
+) -> None:
+    memlock(2 * 4096)
+    monkeypatch.setattr(host_memory, "memlock_limit_bytes", lambda: 2 * 4096)  # who runs tests may lock what he likes
+    cuda.heeds_memlock = heeds_memlock
+    with runtime.load(checkpoint, device=GPU):
+        assert sum(cuda.registered.values()) == (2 if heeds_memlock else NUM_EXPERTS) * 4096
 
 
 def test_the_link_is_measured(cuda: FakeCuda) -> None:
@@ -309,6 +359,37 @@ def test_each_half_of_what_is_sent_is_on_one_stream(cuda: FakeCuda) -> None:
     for number, (stream, there) in enumerate(sent):
         with torch.cuda.stream(stream):
             assert there.tolist() == [number] * 200
+
+
+def test_threads_that_send_first_at_once_share_one_sender(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, made = threading.Barrier(2), list[CudaUploader]()
+
+    class Slow(CudaUploader):
+        def __init__(self, device: torch.device) -> None:
+            made.append(self)  # kept: its memory must not go while it is copied from
+            with contextlib.suppress(threading.BrokenBarrierError):
+                begun.wait(timeout=0.5)  # for another one, if there can be
+            super().__init__(device)
+
+    monkeypatch.setattr(readback, "CudaUploader", Slow)
+    with ThreadPoolExecutor(2) as threads:
+        for there in threads.map(lambda number: upload(torch.full((9,), number), GPU).tolist(), range(2)):
+            assert len(set(there)) == 1
+    assert len(made) == 1
+
+
+def test_an_interrupt_leaves_what_is_on_its_way_as_it_is(cuda: FakeCuda) -> None:
+    line, has_come = 0, True
+    while has_come:
+        line += 1
+        send, size = CudaUploader(GPU, half_bytes=1 << 12), (512,)
+        sent = [send(torch.full(size, number)) for number in range(2)]  # both halves
+        with interrupted_at(line, ["readback.py"]) as interrupt:
+            send(torch.full(size, -1))
+        has_come = interrupt.has_come
+        send(torch.full(size, -2))
+        assert [one.tolist() for one in sent] == [[0] * 512, [1] * 512]
+    assert line > 5
 
 
 def test_a_lost_gpu_ends_passes_with_errors_of_ours(checkpoint: Path, cuda: FakeCuda) -> None:
@@ -398,6 +479,22 @@ def test_slots_move_and_loads_are_replayed_on_the_device(checkpoint: Path, cuda:
             engine.model(ids)
         trace = engine.trace()
         assert trace.token_ids is not None and trace.token_ids.tolist() == list(range(12))
+
+
+def test_loads_are_replayed_beside_the_stream_that_passes_run_on(checkpoint: Path, cuda: FakeCuda) -> None:
+    """After its last kernel, and before its next: every expert has a slot, so that the last pass waits for no load."""
+    own, found = torch.cuda.Stream(GPU), list[torch.Tensor]()
+    with runtime.load(checkpoint, device=GPU, overrides={"prefetch.depth": 0}, record_loads=True) as engine:
+        with torch.cuda.stream(own):
+            expected = logits_of(engine, cuda)
+        (pool,) = engine._pools
+        slots: Any = pool.arena
+        held = slots.memory.inner.clone()
+        own.queue.waiting.append(lambda: found.append(slots.memory.inner.clone()))  # a kernel that is late
+        assert engine.needed_loads and engine.replay_loads(engine.needed_loads[:20]) > 0
+        assert len(found) == 1 and torch.equal(found[0], held)
+        with torch.cuda.stream(own):
+            assert all(map(torch.equal, logits_of(engine, cuda), expected))
 
 
 @pytest.mark.parametrize("more", [{}, SOME])

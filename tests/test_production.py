@@ -12,12 +12,13 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+import torch
 from tiny import EXPERTS, LAYERS, TOP_K, save_tiny
 
 import runtime
 from runtime import loading, machine
 from runtime.errors import ArtifactError, BudgetError, CheckpointError, ProfileError
-from runtime.facts import BUFFER_BYTES, ModelFacts, describe, resolve
+from runtime.facts import BUFFER_BYTES, CUDA_BUFFER_BYTES, ModelFacts, describe, resolve
 from runtime.loading import choose
 from runtime.model import checkpoint_files, meta_model
 from runtime.predictors.artifact import RoutingShape
@@ -248,6 +249,22 @@ def test_slots_are_clamped_to_a_control_group_to_the_limit_and_to_the_kv_cache(
     assert clamped(cache__slots=None) == (fit(5 * GIB), ""), "as many as fit is what was asked for"
     with pytest.raises(BudgetError, match="no room for one expert"):
         clamped(cache__kv_bytes=5 * GIB)
+
+
+def test_a_gpu_keeps_room_for_the_rows_of_a_long_prompt(facts: ModelFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 4096 elements for each of a token's eight experts: of 32,768 tokens they alone are 2 GiB."""
+    text = facts.config.get_text_config()
+    monkeypatch.setattr(text, "hidden_size", 4096)
+    monkeypatch.setattr("runtime.facts.free_bytes", lambda device: 16 * GIB)
+    many = replace(facts, num_experts_total=10_000, slot_bytes=GIB // 100, top_k=8)
+    found = []
+    for context in (64, 32_768):
+        overrides = {"cache.kv_bytes": GIB, "workload.context": context}
+        profile, _ = resolve(Profile.default().with_overrides(overrides), many, torch.device("cuda", 0))
+        found.append(profile.cache.slots)
+    short, long = found
+    assert short == (16 * GIB - GIB - CUDA_BUFFER_BYTES - facts.dense_bytes) // many.slot_bytes
+    assert short - long > (2 * GIB - CUDA_BUFFER_BYTES) // many.slot_bytes
 
 
 def test_what_is_clamped_runs_and_says_so(put: Any, facts: ModelFacts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,10 +92,10 @@ class MemoryModel:
         Args:
             context_bytes: of the GPU that a process takes before it loads a model.
         """
-        from runtime.facts import CUDA_BUFFER_BYTES
+        from runtime.facts import cuda_buffer_bytes
 
         kv_bytes = machine.kv_cache_bytes(facts.config, context, batch=1, dtype_bytes=facts.dtype.itemsize)
-        buffer_bytes = context_bytes + CUDA_BUFFER_BYTES
+        buffer_bytes = context_bytes + cuda_buffer_bytes(facts, context)
         return cls(facts.num_experts_total, facts.slot_bytes, facts.dense_bytes, buffer_bytes, kv_bytes)
 
     def with_context(self, tokens: int, of: int) -> MemoryModel:

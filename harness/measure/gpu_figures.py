@@ -165,7 +165,7 @@ def prefill_figures(taken: JsonDict, resident: JsonDict | None) -> JsonDict:
 def buffer_figures(memory: JsonDict, experts_bytes: int, known: Known) -> JsonDict:
     """What of the peaks is neither dense weights, nor experts or their slots, nor KV cache; and what is set aside for
     it."""
-    from runtime.facts import CUDA_BUFFER_BYTES
+    from runtime.facts import cuda_buffer_bytes
 
     facts = known.facts
     kv_bytes = machine.kv_cache_bytes(facts.config, known.context, 1, dtype_bytes=facts.dtype.itemsize)
@@ -174,7 +174,7 @@ def buffer_figures(memory: JsonDict, experts_bytes: int, known: Known) -> JsonDi
         "kv_bytes": kv_bytes,
         "peak_bytes": memory["peak_gpu_bytes"] - planned,
         "peak_reserved_bytes": memory["peak_reserved_gpu_bytes"] - planned,
-        "set_aside_bytes": CUDA_BUFFER_BYTES,
+        "set_aside_bytes": cuda_buffer_bytes(facts, known.context),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -180,12 +180,27 @@ class GroupedKernel(RowKernel):
     def _linear(
         self, num_rows: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
+        if not _multiplies_groups(weight.device, weight.dtype):
+            out = x.to(weight.dtype) @ (weight if self.module.is_transposed else weight.t())
+            return out if bias is None else out.add_(bias)
         (num_in, num_out), (row, column) = weight.shape, weight.stride()
         size, stride = (1, num_in, num_out), (num_in * row, row, column)
         if not self.module.is_transposed:
             size, stride = (1, num_out, num_in), (num_in * row, column, row)
         out = _grouped_mm(x, weight.as_strided(size, stride), offs=num_rows)  # a view: as by unsqueeze and transpose
         return out if bias is None else out.add_(bias)
+
+
+@cache
+def _multiplies_groups(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a kernel for groups of rows on `device`. On a GPU without, it brings their sizes to the host,
+    which waits for them, to do what a plain product of each group does."""
+    if device.type != "cuda":
+        return True
+    return dtype is torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in _CAPABLE
+
+
+_CAPABLE = (9, 10)  # compute capabilities, their first numbers: Hopper, Blackwell of data centres
 
 
 def _split(rows: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:

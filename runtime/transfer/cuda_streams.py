@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import resource
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -13,7 +15,7 @@ from runtime.cuda_driver import CudaDriver
 from runtime.transfer.cuda import Lane
 from runtime.transfer.device_slots import DeviceSlots
 from runtime.transfer.host_slab import Span
-from runtime.transfer.slots import PAGE_BYTES, SlotArena
+from runtime.transfer.slots import SlotArena
 
 _HIGH, _LOW = -1, 0  # priorities of streams
 
@@ -83,10 +85,12 @@ class CudaStreams:
                 raise
 
     def is_done(self, event: torch.cuda.Event) -> bool:
-        return bool(event.query())
+        with self._driver.current():
+            return bool(event.query())
 
     def synchronize(self, event: torch.cuda.Event) -> None:
-        event.synchronize()
+        with self._driver.current():
+            event.synchronize()
 
     def elapsed_s(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
         return float(begin.elapsed_time(end)) / 1e3
@@ -122,17 +126,20 @@ class CudaStreams:
         return num_bytes, notes
 
 
-def pins_beyond(limit_bytes: int, device: torch.device) -> bool:
-    """Whether the driver pins more than RLIMIT_MEMLOCK allows: tried, where the limit is small enough to be tried."""
-    if limit_bytes > _MOST_TRIED_BYTES:
-        return False
-    mapping, driver = SlotArena(limit_bytes // PAGE_BYTES + 2, PAGE_BYTES), CudaDriver(device)
+def pins_beyond_limit(device: torch.device) -> bool:
+    """Whether the driver pins more than RLIMIT_MEMLOCK allows: tried with one page, while not even that is allowed.
+
+    A limit of gigabytes would take as much memory, and seconds, to be exceeded.
+    """
+    mapping, driver = SlotArena(1, mmap.PAGESIZE), CudaDriver(device)
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     try:
-        driver.pin(mapping.address(0), mapping.num_slots * mapping.slot_bytes)
-    except RuntimeError:
+        driver.wait()  # whatever CUDA locks for itself is locked by then
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard))
+        driver.pin(mapping.address(0), mmap.PAGESIZE)
+    except (OSError, ValueError, RuntimeError):
         return False
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
     driver.unpin(mapping.address(0))
     return True
-
-
-_MOST_TRIED_BYTES = 256 << 20

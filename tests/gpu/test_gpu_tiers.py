@@ -16,7 +16,7 @@ from harness.demo.widen import bundled_model
 from runtime import build_tiers, host_memory, numa
 from runtime.facts import describe
 from runtime.host_memory import memlock_limit_bytes
-from runtime.transfer.cuda_streams import pins_beyond
+from runtime.transfer.cuda_streams import pins_beyond_limit
 from runtime.transfer.host_rows import HostRows
 
 pytestmark = pytest.mark.gpu
@@ -52,7 +52,7 @@ def test_pageable_memory_is_copied_from_as_pinned_memory_is(
 ) -> None:
     memory = replace(host_memory.host_memory(), memlock_bytes=memlock_bytes)
     monkeypatch.setattr(build_tiers, "host_memory", lambda: memory)
-    monkeypatch.setattr(build_tiers, "pins_beyond", lambda limit, device: False)
+    monkeypatch.setattr(build_tiers, "pins_beyond_limit", lambda device: False)
     for tier in ({}, {"tiers.host_bytes": host_bytes(0.4, "bf16")}):
         overrides = {"cache.slots": "25%", **PREFETCH, **tier}
         with runtime.load(bundled_model(), device=DEVICE, overrides=overrides) as engine:
@@ -72,7 +72,7 @@ def test_prefetching_through_both_tiers_changes_nothing() -> None:
 def test_what_the_driver_pins_and_where_the_gpu_is(caplog: pytest.LogCaptureFixture) -> None:
     """Facts of the machine, for the record; a refusal must not linger for the next kernel."""
     device, limit = torch.device(DEVICE), memlock_limit_bytes()
-    beyond = None if limit is None else pins_beyond(limit, device)
+    beyond = None if limit is None else pins_beyond_limit(device)
     assert torch.ones(4, device=device).sum().item() == 4.0
     node = numa.gpu_node(0)
     print(f"RLIMIT_MEMLOCK {limit}, pins beyond it: {beyond}; nodes {sorted(numa.nodes())}, the GPU near {node}")

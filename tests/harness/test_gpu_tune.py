@@ -134,6 +134,7 @@ def test_a_study_is_of_one_kind_of_gpu_and_driver(tmp_path: Path) -> None:
 
 def _facts(expert_bytes: int = 1 << 20) -> Any:
     config = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
+    config.get_text_config = lambda: config
     return SimpleNamespace(
         num_experts_total=16,
         slot_bytes=expert_bytes + 4096,
