@@ -40,8 +40,8 @@ class CudaStreams:
     """See `runtime.transfer.cuda.Streams`. The compute stream is torch's current one at each call.
 
     The mapping is registered with the driver as it lies: torch's own pinned memory comes in powers of two. Where the
-    driver refuses, as for more than Windows gives to WSL2, the half is tried, and so on; what is left pageable is
-    copied more slowly, and the host waits for it.
+    driver refuses, as for more than Windows gives to WSL2, the half is tried, then as much again, and so on; what is
+    left pageable is copied more slowly, and the host waits for it.
 
     Args:
         num_streams: 1: demand and prefetch share one; 2: each has its own.
@@ -61,6 +61,7 @@ class CudaStreams:
             demand = torch.cuda.Stream(self._device, priority=_HIGH)
             prefetch = torch.cuda.Stream(self._device, priority=_LOW) if num_streams > 1 else demand
             self._streams = (demand, prefetch)
+        self._pinned: list[int] = []  # addresses of ranges, each of whole rows
         self.pinned_bytes, self.notes = self._pin()
         self._handles = tuple(stream.cuda_stream for stream in self._streams)
 
@@ -99,10 +100,10 @@ class CudaStreams:
         with contextlib.suppress(RuntimeError):  # a GPU that was lost
             for stream in self._streams:
                 stream.synchronize()
-        if self.pinned_bytes:
-            self.pinned_bytes = 0
+        self.pinned_bytes = 0
+        while self._pinned:
             with contextlib.suppress(RuntimeError):
-                self._driver.unpin(self._source_address)
+                self._driver.unpin(self._pinned.pop())
 
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
         return self._driver.stream if lane is Lane.COMPUTE else self._streams[lane]
@@ -111,19 +112,23 @@ class CudaStreams:
         wanted_bytes, row_bytes = self._source.pinned_bytes, self._source.arena.slot_bytes
         if wanted_bytes:
             self._source.arena.keep_from_children()
-        num_bytes, notes = wanted_bytes, list[str]()
+        end, num_bytes, refusal = 0, wanted_bytes, ""
         while num_bytes:
             try:
-                self._driver.pin(self._source_address, num_bytes)
-                break
+                self._driver.pin(self._source_address + end, num_bytes)
+                self._pinned.append(self._source_address + end)
+                end += num_bytes
             except RuntimeError as error:
-                num_bytes = num_bytes // row_bytes // 2 * row_bytes  # no copy reads of both kinds of memory
-                notes = [
-                    f"only {machine.format_bytes(num_bytes)} of {machine.format_bytes(wanted_bytes)} of host memory "
-                    f"could be pinned ({error}): experts in the rest are copied more slowly; free memory, or set "
-                    "tiers.host_bytes to less, which leaves the rest of the experts on disk"
-                ]
-        return num_bytes, notes
+                refusal = str(error)
+                num_bytes = num_bytes // row_bytes // 2 * row_bytes  # no copy reads of two ranges
+            num_bytes = min(num_bytes, wanted_bytes - end)
+        if not refusal:
+            return end, []
+        return end, [
+            f"only {machine.format_bytes(end)} of {machine.format_bytes(wanted_bytes)} of host memory could be pinned "
+            f"({refusal}): experts in the rest are copied more slowly; free memory, or set tiers.host_bytes to less, "
+            "which leaves the rest of the experts on disk"
+        ]
 
 
 def pins_beyond_limit(device: torch.device) -> bool:
