@@ -85,7 +85,16 @@ def _tests(logs: Path) -> Iterator[Step]:
     options = ("-o", "addopts=--strict-markers", "-o", "faulthandler_timeout=60", "-p", "no:cacheprovider", "-rP")
     for file in sorted(Path(ROOT, "tests/gpu").glob("test_*.py"), key=lambda file: (file.name in _ALONE, file.name)):
         name, junit = file.stem, f"{file.stem}.xml"
-        words = ("-m", "pytest", *options, "-m", "gpu", "-v", str(file.relative_to(ROOT)), f"--junit-xml={logs / junit}")
+        words = (
+            "-m",
+            "pytest",
+            *options,
+            "-m",
+            "gpu",
+            "-v",
+            str(file.relative_to(ROOT)),
+            f"--junit-xml={logs / junit}",
+        )
         yield Step(name, words, 300, junit=junit, at_once=file.name not in _ALONE)
 
 

@@ -64,7 +64,9 @@ def test_what_is_carried_off_is_few_files_and_what_is_printed_short(
 ) -> None:
     """Where the command is killed in the middle, too: the archive is as after the last step that has ended."""
     logs, out = folder(tmp_path / "logs"), folder(tmp_path / "out")
-    deep = f"import pathlib; at = pathlib.Path({str(logs)!r}, 'run/a'); at.mkdir(parents=True); at.joinpath('b').touch()"
+    deep = (
+        f"import pathlib; at = pathlib.Path({str(logs)!r}, 'run/a'); at.mkdir(parents=True); at.joinpath('b').touch()"
+    )
     peek = f"import tarfile; print('before', tarfile.open({str(out / 'logs.tar.gz')!r}).getnames())"
     wanted = [
         code("bench", f"{deep}; print('x' * 9000); print('25 %', flush=True); raise SystemExit(1)", printed=100),
