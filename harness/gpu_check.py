@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -205,12 +206,19 @@ def tests_summary(junit: Path) -> dict[str, Any] | None:
     names = ("tests", "failures", "errors", "skipped")
     counts = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in names}
     bad = [
-        {"name": f"{case.get('classname')}::{case.get('name')}", "why": (found.get("message") or "").partition("\n")[0]}
+        {"name": f"{case.get('classname')}::{case.get('name')}", "why": _reason(found.get("message") or "")}
         for suite in suites
         for case in suite.iter("testcase")
         for found in (*case.iter("failure"), *case.iter("error"))
     ]
     return {**counts, "failed": bad[:_MOST_FAILURES]}
+
+
+def _reason(message: str) -> str:
+    """The line of a failure's message that says most: the first one, or what the traceback of a command ends with."""
+    lines = message.splitlines() or [""]
+    raised = [line for line in lines[1:] if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return raised[-1] if raised and "Traceback" in lines[0] else lines[0]
 
 
 def check(

@@ -15,9 +15,11 @@ from harness import gpu_bench, gpu_check, probe, tune
 from harness.gpu_check import BUDGET_S, GRACE_S, Step, check, run_steps, steps
 from harness.measure import exactness
 
-JUNIT = """<testsuites><testsuite errors="1" failures="1" skipped="2" tests="7">
+JUNIT = """<testsuites><testsuite errors="1" failures="2" skipped="2" tests="8">
 <testcase classname="tests.gpu.test_a" name="test_good"/>
 <testcase classname="tests.gpu.test_a" name="test_bad"><failure message="assert 1 == 2&#10;more"/></testcase>
+<testcase classname="tests.gpu.test_a" name="test_command"><failure message="AssertionError: Traceback (most \
+recent call last):&#10;  File&#10;runtime.errors.DeviceError: lost&#10;assert 1 == 0&#10; +  where"/></testcase>
 <testcase classname="tests.gpu.test_b" name="test_worse"><error message="no GPU"/></testcase>
 </testsuite></testsuites>"""
 
@@ -49,8 +51,12 @@ def test_every_step_runs_and_the_end_says_how(tmp_path: Path, capsys: pytest.Cap
     found = json.loads((tmp_path / "check.json").read_text())
     tests, probed, tuned, hung = found["steps"]
     assert [one["status"] for one in found["steps"]] == ["failed", "passed", "failed", "failed"]
-    assert tests["summary"]["tests"] == 7 and tests["summary"]["skipped"] == 2
-    assert [one["why"] for one in tests["summary"]["failed"]] == ["assert 1 == 2", "no GPU"]
+    assert tests["summary"]["tests"] == 8 and tests["summary"]["skipped"] == 2
+    assert [one["why"] for one in tests["summary"]["failed"]] == [
+        "assert 1 == 2",
+        "runtime.errors.DeviceError: lost",
+        "no GPU",
+    ]
     assert (tmp_path / "probe.json").read_text() == "{}\n" and (logs / "probe.log").read_text() == "told\n"
     assert probed["exit_code"] == 0 and tuned["why"] == "exit code 1: error: --gpu 0: not yet"
     assert hung["why"] == "not done within 0.5 s" and hung["seconds"] < 20
