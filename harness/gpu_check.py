@@ -231,14 +231,17 @@ def check(
     end_s = time.perf_counter() + budget_s
     report: dict[str, Any] = {**provenance("harness.gpu_check", datetime.now(UTC)), "steps": []}
     printed = {step.name: step.printed for step in wanted}
-    for together in _batches(wanted):
-        left_s = end_s - time.perf_counter() - 2 * GRACE_S
-        for found in _run_within(together, left_s, logs, python):
-            report["steps"].append(found)
-            write_atomic(out / "check.json", json.dumps(report, indent=1) + "\n")
-            write_atomic(out / _LOGS, _archive(logs))
-            for line in _lines(found, logs / f"{found['name']}.log", printed[found["name"]]):
-                print(line, flush=True)
+    try:
+        for together in _batches(wanted):
+            left_s = end_s - time.perf_counter() - 2 * GRACE_S
+            for found in _run_within(together, left_s, logs, python):
+                report["steps"].append(found)
+                write_atomic(out / "check.json", json.dumps(report, indent=1) + "\n")
+                write_atomic(out / _LOGS, _archive(logs))
+                for line in _lines(found, logs / f"{found['name']}.log", printed[found["name"]]):
+                    print(line, flush=True)
+    finally:  # interrupted: what the running step has said
+        write_atomic(out / _LOGS, _archive(logs))
     failed = [one["name"] for one in report["steps"] if one["status"] != "passed"]
     passed = [one["name"] for one in report["steps"] if one["status"] == "passed"]
     print(f"gpu-check: passed: {', '.join(passed) or 'nothing'}; FAILED: {', '.join(failed) or 'nothing'}")

@@ -88,6 +88,17 @@ def test_what_is_carried_off_is_few_files_and_what_is_printed_short(
     assert "    25 %\n" in said and "before" not in said and len(said) < 2000
 
 
+def test_interrupted_it_keeps_what_the_running_step_said(tmp_path: Path) -> None:
+    logs = folder(tmp_path / "logs")
+    text = f"import os, time; print('half', flush=True); os.kill({os.getpid()}, 2); time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        check([code("one", ""), code("two", text)], tmp_path, logs)
+    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
+        kept = archive.extractfile("logs/two.log")
+        assert kept is not None and kept.read().startswith(b"half\n")
+    assert [one["name"] for one in json.loads((tmp_path / "check.json").read_text())["steps"]] == ["one"]
+
+
 def test_all_that_passed_is_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check([code("one", "print('fine')")], tmp_path, tmp_path)
     assert (tmp_path / "one.log").read_text() == "fine\n"
