@@ -42,6 +42,7 @@ _ALONE = ("test_gpu_probe.py", "test_gpu_trials.py")
 _MOST_FAILURES, _MOST_PRINTED = 20, 4
 _SAID_CHARS = 700  # printed of what a failed step said last
 _LOGS = "logs.tar.gz"
+_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 class Step(NamedTuple):
@@ -134,7 +135,7 @@ class _Running(NamedTuple):
         with log.open("ab") as errors, (step.output or log).open("ab") as output:  # one file at most times
             for file in (errors, output):
                 file.truncate(0)
-            command, environment = [python, *step.words], {**os.environ, "PYTHONUNBUFFERED": "1"}
+            command, environment = [python, *step.words], {**os.environ, **_ENVIRONMENT}
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,

@@ -105,6 +105,14 @@ def test_all_that_passed_is_success(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.splitlines()[-1] == "gpu-check: passed: one; FAILED: nothing"
 
 
+def test_logs_are_whole_and_without_progress_bars(tmp_path: Path) -> None:
+    """Also of a step that is killed: its last lines are not in a buffer."""
+    text = "import os, time; from huggingface_hub.utils import are_progress_bars_disabled as off; " \
+           "print(off(), os.environ['HF_HUB_OFFLINE']); os.kill(os.getpid(), 9)"  # fmt: skip
+    run_step(code("one", text), tmp_path)
+    assert (tmp_path / "one.log").read_text() == "True 1\n"
+
+
 def test_a_step_that_hangs_takes_what_it_started_with_it(tmp_path: Path) -> None:
     text = (
         "import subprocess, sys, time; "
