@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from runtime.device_options import add_device_options, named_device
 from runtime.errors import UsageError, cli_main
 from runtime.files import write_atomic
 from runtime.machine import parse_bytes
@@ -131,8 +132,9 @@ def _run(options: argparse.Namespace) -> int:
     from runtime.facts import describe
     from runtime.profile import Profile
 
-    if not is_gpu(find_device(options.device, Profile.default())):
-        raise UsageError(f"--device {options.device}: this compares systems on a GPU; name cuda or cuda:N")
+    device = named_device(options) or "cuda:0"
+    if not is_gpu(find_device(device, Profile.default())):
+        raise UsageError(f"--device {device}: this compares systems on a GPU; name cuda or cuda:N")
     checkpoint = _checkpoint(options.shape)
     facts = describe(checkpoint)
     wanted = _wanted(options, facts.top_k)
@@ -151,7 +153,7 @@ def _run(options: argparse.Namespace) -> int:
 
     contest = GpuContest(
         str(checkpoint),
-        options.device,
+        device,
         facts,
         workload,
         end_s=started + options.budget_s,
@@ -186,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.gpu_bench", description=__doc__.split("\n\n")[0])
     shapes = f"expert width of {', '.join(SHAPES)}, or a size of one expert (default %(default)s)"
     parser.add_argument("--shape", default="olmoe-1b-7b", help=shapes)
-    parser.add_argument("--device", default="cuda:0", help="(default %(default)s)")
+    add_device_options(parser, "default: cuda:0")
     parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder (default %(default)s)")
     parser.add_argument("--requests", type=int, default=6, help="decoded, after one to warm up (default %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="(default %(default)s)")

@@ -365,7 +365,8 @@ def test_the_demo_s_command_makes_the_folder_that_it_is_asked_about(tmp_path: Pa
     assert command is not None and command.startswith("python -m harness.demo ")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXPERTFLOW_CACHE", str(tmp_path))
-        told = provenance(str(folder), "python -m harness.tune")
+        told = provenance(str(folder), "/opt/a/python -m harness.tune --model a/b --out /srv/c/run && python -m b")
+        assert told.command == "python -m harness.tune --model a/b --out run && python -m b"
     assert (told.model, told.model_command) == (f"cache:{folder.name}", command)
     assert command_of(tmp_path / "Qwen3-30B-A3B") is None
     with pytest.MonkeyPatch.context() as patch:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.device_options import add_device_options, named_device
 from runtime.errors import UsageError, cli_main
 from runtime.files import write_atomic
 
@@ -99,10 +100,11 @@ def _run(options: argparse.Namespace) -> int:
     from runtime.devices import find_device
     from runtime.profile import Profile
 
-    find_device(options.device, Profile.default())
-    head = {**provenance("harness.measure.exactness", datetime.now(UTC)), "device": options.device}
+    device = named_device(options) or "cuda:0"
+    find_device(device, Profile.default())
+    head = {**provenance("harness.measure.exactness", datetime.now(UTC)), "device": device}
     rows: list[dict[str, Any]] = []
-    for row in compare(options.device):
+    for row in compare(device):
         rows.append(row)
         try:
             write_atomic(options.out, json.dumps({**head, "rows": rows}, indent=1) + "\n")
@@ -115,12 +117,16 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m harness.measure.exactness", description=__doc__.split("\n\n")[0])
+    add_device_options(parser, "default: cuda:0")
+    parser.add_argument("--out", type=Path, default=Path("results/gpu/exactness.json"), help="(default %(default)s)")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; 1 where logits differ."""
-    parser = argparse.ArgumentParser(prog="python -m harness.measure.exactness", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", default="cuda:0", help="(default %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results/gpu/exactness.json"), help="(default %(default)s)")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     return cli_main(lambda: _run(options))
 
 

@@ -40,6 +40,7 @@ _SHARE = 2.0  # of the time that is left, over an even one: most visits need les
 _DECODE_SHARE = 0.6  # of a visit's time
 _NO_TIME = "no time was left"
 _CALL_S = 120.0  # of anything but a load
+_PROFILE_S = 40.0
 
 
 class _Timed:
@@ -131,6 +132,8 @@ class GpuContest:
                 self._visit(visit, min(1.0, _SHARE / (len(wanted) - number)) * self._left_s)
                 if visit.system not in later:
                     self._end(visit.system)
+            if (running := self._running.get(RESIDENT)) is not None:  # last: a profiler may take its process with it
+                self._profile(RESIDENT, running[1], self.systems[RESIDENT])
         finally:
             for system in list(self._running):
                 self._end(system)
@@ -166,7 +169,6 @@ class GpuContest:
                 found["memory"], self._facts.model_bytes - self._facts.dense_bytes, self._known
             )
             self.memory_rate = process.ask("memory_rate", timeout_s=_CALL_S)
-            self._profile(RESIDENT, process, found)
         except ContenderFailed as error:
             self._end(RESIDENT)
             found = {"error": str(error)}
@@ -226,7 +228,11 @@ class GpuContest:
         if running is None:
             return ours, None
         resident = Row(RESIDENT, running[1])
-        warm_up(resident, warming, num_tokens, REQUEST_CAP_S)
+        try:
+            warm_up(resident, warming, num_tokens, REQUEST_CAP_S)
+        except ContenderFailed as error:
+            self._lose_resident(str(error))
+            return ours, None
         return ours, resident
 
     def _num_blocks(self, visit: Visit, ours: Row, resident: Row | None, share_s: float) -> int:
@@ -242,9 +248,13 @@ class GpuContest:
         if self._samples:
             self.systems[RESIDENT] |= resident_entry(self._samples)
         if resident.failure is not None:
-            self._end(RESIDENT)
-            if not self._is_over:
-                self.systems[RESIDENT]["error"] = resident.failure
+            self._lose_resident(resident.failure)
+
+    def _lose_resident(self, why: str) -> None:
+        """The others go on alone."""
+        self._end(RESIDENT)
+        if not self._is_over:
+            self.systems[RESIDENT]["error"] = why
 
     def _finish(self, visit: Visit, process: _Timed, found: JsonDict) -> None:
         """Add what is measured after decoding, as far as it comes."""
@@ -252,7 +262,10 @@ class GpuContest:
         if "slots" in found:
             found["buffers"] = buffer_figures(found["memory"], found["slots_bytes"], self._known)
         self._profile(visit.name, process, found)
-        process.ask("shut", timeout_s=_CALL_S)
+        if "profile_error" in found:
+            self._end(visit.system)
+        else:
+            process.ask("shut", timeout_s=_CALL_S)
 
     def _add_peaks(self, found: JsonDict, process: _Timed, *, has_prefill: bool) -> None:
         """Memory after decoding and, where the long prompt is prefilled, after that; and the figures of that, beside
@@ -275,7 +288,7 @@ class GpuContest:
         if name not in self._profiled or self._on_profile is None:
             return
         try:
-            answer = process.ask("profile", timeout_s=_CALL_S, **_ids(self._workload.requests[1]))
+            answer = process.ask("profile", timeout_s=_PROFILE_S, **_ids(self._workload.requests[1]))
         except ContenderFailed as error:
             found["profile_error"] = str(error)
         else:

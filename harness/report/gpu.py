@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.measure.gpu_figures import RATIO_HOW, USUAL
 from runtime.errors import UsageError
 from runtime.machine import format_bytes
 
@@ -31,7 +32,9 @@ def system_line(name: str, found: JsonDict) -> str:
         parts.append(f"prefill {1e3 * found['prefill']['seconds']:.0f} ms")
     parts += [f"WRONG: {flag}" for part in ("ladder", "prefill") if (flag := (found.get(part) or {}).get("flag"))]
     if "memory" in found:
-        parts.append(f"{format_bytes(found['memory']['peak_gpu_bytes'])} of GPU memory")
+        memory = found["memory"]
+        parts.append(f"{format_bytes(memory['peak_gpu_bytes'])} of GPU memory")
+        parts.append(f"{format_bytes(memory['peak_host_bytes'])} of the host's")
     if "cut_off" in found:
         parts.append("cut off by the end of the time")
     if "error" in found:
@@ -81,6 +84,8 @@ def _section(name: str, found: JsonDict | None) -> str:
         "",
         *_ladder_table(found["systems"]),
         "",
+        *_speed_ups_table(found["derived"]["speed_up"]),
+        "",
         *_goals_table(found["goals"]),
     ]
     if found["left_out"]:
@@ -123,6 +128,13 @@ def _ladder_table(systems: Mapping[str, JsonDict]) -> Iterator[str]:
             cells = [NOT_TAKEN if rate is None else f"{rate:.2f}" for rate in rates]
             warning = f" {steps['flag']}" if steps["flag"] else ""
             yield f"| {' | '.join([name, *cells, _ratio(steps['fraction']) + warning])} |"
+
+
+def _speed_ups_table(speed_ups: Mapping[str, JsonDict]) -> Iterator[str]:
+    yield f"| {USUAL} over | tokens/s, times ({RATIO_HOW}) | pairs |"
+    yield "|---|---|---|"
+    for name, over in speed_ups.items():
+        yield f"| {name} | {_ratio(over)} | {over['num_pairs']} |"
 
 
 def _goals_table(goals: Iterable[JsonDict]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -51,8 +52,14 @@ def match(model: ModelIdentity, bandwidth_bytes_per_s: float, gpu: Gpu | None = 
     )
 
 
+_ABSOLUTE = re.compile(r"(?<!\S)/\S*/")  # folders of a path
+
+
 def provenance(model: str, command: str, hardware: Mapping[str, str | int] | None = None) -> Provenance:
-    """Who made this, with what, when; `hardware` is by default this machine without a GPU."""
+    """Who made this, with what, when; `hardware` is by default this machine without a GPU.
+
+    Absolute paths in `command` become names: where the machine keeps its files is nobody's business.
+    """
     from harness.demo.widen import command_of  # torch
 
     return Provenance(
@@ -62,7 +69,7 @@ def provenance(model: str, command: str, hardware: Mapping[str, str | int] | Non
         versions=versions(),
         commit=commit(),
         hardware=dict(machine.fingerprint() if hardware is None else hardware),
-        command=command,
+        command=_ABSOLUTE.sub("", command),
     )
 
 

@@ -116,7 +116,7 @@ def test_the_hidden_states_take_no_synchronisation_of_their_own(monkeypatch: pyt
         num_layers, _ = engine.routing_shape
         print("\n".join(sorted(set(where))))
         assert reader.num_waits - num_waits == num_layers
-        assert len(where) <= 1  # the token's way to the device
+        assert len(where) <= 2  # the token's way to the device, and what a model's mask may ask
 
 
 def test_a_long_prompt_is_copied() -> None:

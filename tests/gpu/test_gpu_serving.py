@@ -132,7 +132,8 @@ def test_a_static_cache_is_not_compiled() -> None:
 
 def generate(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "runtime.generate", *arguments]
-    paths: Mapping[str, str] = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # packages may be there, too
+    paths: Mapping[str, str] = {**os.environ, "PYTHONPATH": places, **environment}
     return subprocess.run(command, capture_output=True, text=True, env=paths, timeout=300)
 
 

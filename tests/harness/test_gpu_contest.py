@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from harness.demo.widen import bundled_model
+from harness.measure.blocks import PROBE_TOKENS
 from harness.measure.gpu_contest import GpuContest
 from harness.measure.gpu_runs import GpuWorkload
 from harness.measure.gpu_visits import visits
@@ -29,13 +30,15 @@ class Made:
 
     def __init__(self, spec: Spec, house: House) -> None:
         self._kind, self._house = spec.kind, house
+        self._is_dead = False
         self._is_engine = spec.kind in ("gpu_engine", "gpu_synchronous")
         self.facts: dict[str, Any] = {"gpu": {"name": "none"}}
 
     def ask(self, op: str, *, timeout_s: float, **arguments: Any) -> dict[str, Any]:
         answer, seconds = getattr(self, f"_{op}", lambda **_: ({}, 0.1))(**arguments)
         self._house.now_s += min(seconds, timeout_s)
-        if seconds > timeout_s:
+        if self._is_dead or seconds > timeout_s:
+            self._is_dead = True
             raise ContenderFailed(f"no answer within {timeout_s:.0f} s", out_of_memory=False)
         found: dict[str, Any] = answer
         return found
@@ -155,18 +158,36 @@ def test_decode_figures_outlive_a_prefill_that_fails(monkeypatch: pytest.MonkeyP
     assert "error" not in contest.systems["accelerate"] and not contest.left_out
 
 
-def test_a_profiler_that_does_not_run_costs_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_profiler_that_does_not_run_costs_nothing_else(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
     def _profile(self: Made, **_: Any) -> tuple[dict[str, Any], float]:
+        if hangs:
+            return {"text": ""}, 1e9
         raise ContenderFailed("CUPTI is not there", out_of_memory=False)
 
     monkeypatch.setattr(Made, "_profile", _profile, raising=False)
-    contest, _ = run(510.0, profiled=("resident", "100 %"))
-    assert (
-        contest.systems["resident"]["profile_error"]
-        == "CUPTI is not there"
-        == (contest.systems["100 %"]["profile_error"])
-    )
+    contest, house = run(510.0, profiled=("resident", "100 %"))
+    told = {contest.systems[name]["profile_error"] for name in ("resident", "100 %")}
+    assert told == {"no answer within 40 s" if hangs else "CUPTI is not there"} and house.now_s < 510.0
     assert all("ladder" in contest.systems[name] for name in ("25 %", "100 %")) and not contest.left_out
+    assert not any("error" in one for one in contest.systems.values())
+
+
+def test_a_resident_model_that_dies_between_visits_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Made._run
+
+    def _run(self: Made, **what: Any) -> tuple[dict[str, Any], float]:
+        is_warming = len(what["output_ids"]) == PROBE_TOKENS
+        if self._kind == "gpu_reference" and is_warming and self._house.now_s > 100:
+            raise ContenderFailed("ended with code -11", out_of_memory=False)
+        return plain(self, **what)
+
+    monkeypatch.setattr(Made, "_run", _run)
+    contest, _ = run(510.0)
+    assert "ended with code -11" in contest.systems["resident"]["error"] and not contest.left_out
+    others = [one for name, one in contest.systems.items() if name != "resident"]
+    assert all(len(one["blocks"]) >= 3 and "error" not in one for one in others)
+    assert "ladder" in contest.systems["25 %"] and "ladder" not in contest.systems["50 %"]
 
 
 def test_a_prefill_is_held_against_the_resident_models_of_the_same_minute(monkeypatch: pytest.MonkeyPatch) -> None:

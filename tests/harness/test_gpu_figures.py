@@ -141,6 +141,25 @@ def test_goals_are_met_or_not_or_not_taken(known: Known) -> None:
     assert set(statuses({}, known).values()) == {"not taken"}
 
 
+def test_the_ratio_to_another_system_is_of_the_same_requests_whatever_the_gpu_did_meanwhile(known: Known) -> None:
+    """Accelerate's visit comes when the GPU is twice as slow, and one request is harder than the other."""
+    found = systems(known)
+    slow, resident = row("accelerate", 1.0), row("resident", 0.020)
+    for one in (slow, resident):
+        one.samples[1]["decode_s"] *= 3
+    found["accelerate"] = entry(slow, resident, {}, known)
+    over = derived(found, 1)["speed_up"]["accelerate"]
+    assert over["estimate"] == pytest.approx(1.0 / 0.020 * 0.010 / 0.0125) and over["num_pairs"] == 2
+    (goal,) = [one for one in goals(found, derived(found, 1)) if "accelerate" in one["goal"]]
+    assert (
+        goal["value"] == over["estimate"]
+        and goal["note"].startswith("paired by request")
+        and "[40, 40]" in goal["note"]
+    )
+    alone = {**found, "accelerate": entry(slow, None, {}, known)}
+    assert derived(alone, 1)["speed_up"] == {}
+
+
 def test_one_more_slot_of_staging_is_noticed(known: Known) -> None:
     found = systems(known)
     found["6.25 %"]["memory"]["peak_gpu_bytes"] += known.facts.slot_bytes
@@ -162,6 +181,7 @@ def test_the_tables_say_what_was_not_taken(known: Known, tmp_path: Path) -> None
         "shape": {"described": "the demo at the width of wide"},
         "gpu": {"name": "NVIDIA H100", "torch": "2.11.0"},
         "systems": found,
+        "derived": figures,
         "goals": goals(found, figures),
         "left_out": ["50 %"],
     }
@@ -175,7 +195,8 @@ def test_the_tables_say_what_was_not_taken(known: Known, tmp_path: Path) -> None
     assert "| transformers | not taken: CUDA out of memory |" in text and "NVIDIA H100" in text
     assert "| fraction of attainable at 25 % | >= 0.8 | 0.96 | met |" in text
     for line in text.splitlines():
-        assert not line.startswith("|") or line.count("|") in (5, 7, 11)
+        assert not line.startswith("|") or line.count("|") in (4, 5, 7, 11)
+    assert "| accelerate | 40.00 [40.00, 40.00] | 2 |" in text and "| 25 % over | tokens/s, times (paired by" in text
     (tmp_path / "check.json").write_text(json.dumps({**report, "steps": [{"name": "tune", "status": "failed"}]}))
     assert "**gpu-check** (2026-11-27, commit unknown): tune failed." in markdown(tmp_path, [])
     for name, one in found.items():
