@@ -289,7 +289,7 @@ def _limits(options: argparse.Namespace, gpu: Gpu | None) -> Limits:
     from harness.search.outcome import Limits
 
     demo = DEMO_LIMITS["cpu" if gpu is None else "gpu"] if options.demo else None
-    return Limits.parse(options.max_memory or demo, options.slo_tpot, options.slo_ttft)
+    return Limits.parse(demo if options.max_memory is None else options.max_memory, options.slo_tpot, options.slo_ttft)
 
 
 def _choose_device(options: argparse.Namespace) -> Gpu | None:
