@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument_group(name) for name in ("what is tuned", "what is wanted", "how", "where it goes")
     )
     model.add_argument("--model", help="checkpoint folder or hub id; default: the demo, widened")
-    model.add_argument("--demo", action="store_true", help="the demo, in less memory than it needs unless --max-memory says")
+    model.add_argument("--demo", action="store_true", help="the demo, in too little memory unless --max-memory says")
     model.add_argument(
         "--gpu", type=int, metavar="N", help="tune for this GPU, by nvidia-smi's number; default: the first"
     )
