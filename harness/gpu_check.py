@@ -326,7 +326,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder of all results (%(default)s)")
     which = "as nvidia-smi numbers them (%(default)s); tests run on the first that torch sees"
     parser.add_argument("--gpu", type=int, default=0, metavar="N", help=which)
-    parser.add_argument("--only", action="append", metavar="STEP", help="run this step only; may be repeated")
+    only = "exactness, bench, probe, tune or tests only; may be repeated"
+    parser.add_argument("--only", action="append", metavar="STEP", help=only)
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, metavar="S", help="in all (%(default)g)")
     options = parser.parse_args(arguments)
     # The running step ends with it. A shell's background jobs ignore Ctrl-C, and steps would inherit that.

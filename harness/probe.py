@@ -197,7 +197,7 @@ def _switch(reading: Any) -> str:
 
 def _curve_lines(curve: Curve) -> Iterator[str]:
     sizes = sorted({point.num_bytes for series in curve.series for point in series.points})
-    yield f"disk       {'MB/s at':<18}" + "".join(f"{_size(size):>9}" for size in sizes) + "  latency   asymptote"
+    yield f"disk       {'MB/s at':<18}" + "".join(f"{_size(size):>10}" for size in sizes) + "  latency   asymptote"
     for series in curve.series:
         load = " + load" if series.under_load else ""
         name = f"{'O_DIRECT' if series.direct else 'buffered'} x{series.threads}{load}"
@@ -215,13 +215,13 @@ def _compute_lines(times: tuple[ExpertTime, ...], where: str = "") -> Iterator[s
         rows.setdefault(f"{one.kernel}{where or f' x{one.threads}'}", {})[one.num_tokens] = one.seconds * 1e3
     if not times:
         return
-    yield f"expert     {'ms for tokens':<18}" + "".join(f"{num_tokens:>9}" for num_tokens in TOKENS)
+    yield f"expert     {'ms for tokens':<18}" + "".join(f"{num_tokens:>10}" for num_tokens in TOKENS)
     for name, row in rows.items():
         yield f"{'':11}{name:<18}{_cells(row, TOKENS, '{:.3f}'.format)}"
 
 
 def _cells(row: dict[int, float], columns: Any, text: Callable[[float], str]) -> str:
-    return "".join(f"{text(row[column]) if column in row else '-':>9}" for column in columns)
+    return "".join(f"{text(row[column]) if column in row else '-':>10}" for column in columns)
 
 
 def _size(num_bytes: int) -> str:

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument_group(name) for name in ("what is tuned", "what is wanted", "how", "where it goes")
     )
     model.add_argument("--model", help="checkpoint folder or hub id; default: the demo, widened")
-    model.add_argument("--demo", action="store_true", help="the demo in too little memory for it, where none is given")
+    model.add_argument("--demo", action="store_true", help="the demo, in too little memory unless --max-memory says")
     model.add_argument(
         "--gpu", type=int, metavar="N", help="tune for this GPU, by nvidia-smi's number; default: the first"
     )
@@ -289,7 +289,7 @@ def _limits(options: argparse.Namespace, gpu: Gpu | None) -> Limits:
     from harness.search.outcome import Limits
 
     demo = DEMO_LIMITS["cpu" if gpu is None else "gpu"] if options.demo else None
-    return Limits.parse(options.max_memory or demo, options.slo_tpot, options.slo_ttft)
+    return Limits.parse(demo if options.max_memory is None else options.max_memory, options.slo_tpot, options.slo_ttft)
 
 
 def _choose_device(options: argparse.Namespace) -> Gpu | None:

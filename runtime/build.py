@@ -72,7 +72,10 @@ def load(
     checkpoint, facts, place = chosen.checkpoint, chosen.facts, chosen.device
     torch.set_num_threads(chosen.profile.compute.threads)
     profile, changed = for_device(chosen.profile, place)
-    profile, clamped = resolve(profile, facts, place)
+    try:
+        profile, clamped = resolve(profile, facts, place)
+    except BudgetError as error:  # the limit may be that of a profile which its user did not name
+        raise BudgetError("; ".join([str(error), *chosen.notes])) from error
     loaded = load_offloaded(checkpoint, dtype=dtype, device=place)
     passes = PassTracker()
     passes.attach(loaded.model)

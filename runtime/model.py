@@ -51,6 +51,7 @@ UNSUPPORTED_FAMILIES = frozenset(
     ]
 )
 
+_HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -81,9 +82,11 @@ def read_config(model: str) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         if is_here:
             raise CheckpointError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
+        # A gated model, or a hub that was not reached; of what is no hub id it only says that.
+        why = f": {_first_line(error)}" if re.fullmatch(_HUB_ID, model) else ""
         raise CheckpointError(
-            f"no checkpoint at {model}: neither a folder nor a model that the hub or its cache has; check the path "
-            "(profiles are named with .yaml)"
+            f"no checkpoint at {model}: neither a folder nor a model that the hub or its cache has{why}; check the "
+            "path (profiles are named with .yaml)"
         ) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:

@@ -165,7 +165,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not `splitlines`: U+2028 is text within JSON
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path}: cannot read the prompts: {error}; give JSON lines in UTF-8") from error
+        why = getattr(error, "strerror", None) or error
+        raise PromptError(f"{path}: cannot read the prompts: {why}; give JSON lines in UTF-8") from error
     prompts: dict[str, Prompt] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

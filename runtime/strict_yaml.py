@@ -23,6 +23,7 @@ _CORE_SCHEMA = (
 
 
 _MOST_CHARACTERS = 1 << 18  # profiles have a few thousand; PyYAML takes seconds for this many
+_PLACE = re.compile(' in "<(?:byte|unicode) string>", ')  # PyYAML's names for what is no file
 _UNFIT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -89,11 +90,12 @@ def parse(source: bytes | str) -> Any:
         ValueError: one line that says what is wrong, with its line number.
     """
     if len(source) > _MOST_CHARACTERS:
-        raise ValueError(f"not read: longer than {_MOST_CHARACTERS} characters, so not what is expected here")
+        raise ValueError(f"not read: {len(source)} characters; a profile has at most {_MOST_CHARACTERS}")
     try:
         return yaml.load(source, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
+        said = _PLACE.sub(" in ", " ".join(str(error).split()))
+        raise ValueError(f"not valid YAML: {said}") from error
     except RecursionError as error:
         raise ValueError("not valid YAML: nested too deeply") from error
 

@@ -44,6 +44,16 @@ def test_a_path_that_is_not_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureF
     assert "neither a folder nor a model" in _refused(capsys, "--model", str(tmp_path / "nowhere"))
 
 
+def test_a_hub_id_that_cannot_be_had_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+
+    monkeypatch.setattr("runtime.model.AutoConfig.from_pretrained", refuse)
+    assert "its cache has: You are trying to access a gated repo.; check" in _refused(capsys, "--model", "some/model")
+
+
 def test_a_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     LlamaForCausalLM(small).save_pretrained(tmp_path)
@@ -60,6 +70,17 @@ def test_a_quantised_model_names_the_method(copy: Path, capsys: pytest.CaptureFi
 def test_a_budget_below_one_expert(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = _refused(capsys, "--model", str(checkpoint), "--set", "limits.max_memory_bytes=1MiB")
     assert "no room for one expert" in said and "the smallest that works" in said
+
+
+def test_a_budget_that_comes_from_a_profile_names_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    identity = describe(checkpoint).identity.model_dump()
+    known = {"match.model": identity, "match.device": "cpu", "limits.max_memory_bytes": 1 << 20}
+    save_profile(Profile.default().with_overrides(known), tmp_path / "found.yaml")
+    monkeypatch.setenv("EXPERTFLOW_PROFILES", str(tmp_path))
+    said = _refused(capsys, "--model", str(checkpoint))
+    assert "no room for one expert" in said and f"profile {tmp_path / 'found.yaml'} is used" in said
 
 
 def test_a_missing_shard(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

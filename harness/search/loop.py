@@ -203,7 +203,8 @@ def choose(
     drift = _drift(baseline)
     better = ranked[: next(i for i, one in enumerate(ranked) if one is baseline)]
     if not better:
-        return Choice(default, "nothing better than the default was found", None, drift)
+        has_others = any(record.params != default for record in study.records())
+        return Choice(default, _NOTHING_BETTER if has_others else _NOTHING_ELSE, None, drift)
     finalists = list(islice(_sound(study, better, verify), num_finalists))
     if not finalists:
         return Choice(default, "no finalist was seen to compute what its kernels compute on demand", None, drift)
@@ -239,6 +240,8 @@ def _sound(study: Study, ranked: Sequence[Tried], verify: Measure) -> Iterator[P
 
 
 _NO_DEFAULT = "the default does not run within the limits"
+_NOTHING_BETTER = "nothing better than the default was found"
+_NOTHING_ELSE = "nothing but the default was tried: the search needs more time (--time-budget, --trials)"
 _GAINS = {
     Objective.LATENCY: "faster than the default, proven on other text",
     Objective.MEMORY: "smaller than the default and hardly slower, proven on other text",

@@ -62,6 +62,11 @@ def _check_head(content: object, path: Path) -> dict[Any, Any]:
         raise ProfileError(f"{path}: the file is empty; harness.tune writes profiles")
     if not isinstance(content, dict):
         raise ProfileError(f"{path}: a profile is a mapping of keys to values, this is a {type(content).__name__}")
+    if "kind" not in content and "schema_version" not in content:
+        raise ProfileError(
+            f"{path}: not a profile: it has neither schema_version nor kind; harness.tune writes profiles, and a "
+            "checkpoint is named by its folder"
+        )
     version, kind = content.get("schema_version"), content.get("kind")
     if isinstance(version, bool):
         raise ProfileError(f"{path}: schema_version is {version!r}, not {SCHEMA_VERSION}")

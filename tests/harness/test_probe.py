@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +33,14 @@ def test_json_has_every_part(tiny_checkpoint: Path, capsys: pytest.CaptureFixtur
     assert found["hardware"]["device"] == "cpu" and "status" in found["nvml"]["num_gpus"]
     assert {one["kernel"] for one in found["compute"]} == {"eager", "grouped_mm", "gemv"}
     assert found["copies"] is None and found["verdicts"][0]["verdict"] in set(Verdict)
+
+
+def test_the_columns_stand_apart_at_any_size_of_an_expert(tiny_checkpoint: Path) -> None:
+    model = str(tiny_checkpoint)
+    taken = take_probe(model, describe(model), read_gpus(FakeNvml()), budget_s=0.5)
+    points = tuple(replace(taken.curve.series[0].points[0], num_bytes=size) for size in (1 << 20, 2_088_960))
+    curve = replace(taken.curve, series=(replace(taken.curve.series[0], points=points),))
+    assert "    1 MiB 1.992 MiB  latency" in replace(taken, curve=curve).describe()
 
 
 def test_the_text_names_what_was_measured(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -300,6 +300,12 @@ def test_a_default_that_does_not_run_does_not_hide_what_does(tmp_path: Path) -> 
     assert "default does not run" in choice.reason and int(choice.params["slots"]) < 64
 
 
+def test_a_search_that_tried_nothing_else_says_so(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    _search(study, machine, budget_s=1e-9)
+    assert "nothing but the default was tried" in _choose(study).reason
+
+
 def test_where_nothing_runs_there_is_no_choice(tmp_path: Path) -> None:
     def too_large(params: Params) -> Outcome:
         return ok(1.0, LIMIT + 1)
@@ -321,6 +327,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--gpu", "3"], "--device cpu"),
         (["--model", "."], "not a checkpoint"),
         (["--max-memory", "much"], "1.5GiB"),
+        (["--max-memory", ""], "is not a size"),
         (["--time-budget", "soon"], "90s, 6m or 1h"),
         (["--trials", "0"], "at least 1"),
         (["--slo-tpot", "-5"], "above 0"),
