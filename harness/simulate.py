@@ -81,6 +81,8 @@ def _run_host(arguments: argparse.Namespace, schedule: Schedule, settings: Seque
     """Two tiers: every setting of the slots above every one of host memory."""
     if any(setting.predictor != "none" or setting.policy == ORACLE for setting in settings) or arguments.plot:
         raise UsageError("--host-slots replays demand alone: leave out belady, predictors and --plot")
+    if arguments.streams:
+        raise UsageError("--host-slots replays demand alone: leave out --streams")
     num_experts = schedule.trace.num_layers * schedule.trace.num_experts
     slots = [_slots("--host-slots", text, num_experts) for text in arguments.host_slots.split(",")]
     policies = _policies("--host-policy", arguments.host_policy, tuple(POLICIES))
@@ -131,6 +133,7 @@ def _settings(arguments: argparse.Namespace, trace: RoutingTrace) -> list[Settin
             *_period(arguments, predictor),
             artifacts.get(predictor),
             arguments.adaptive,
+            arguments.streams,
         )
         for count, policy, predictor in itertools.product(slots, policies, predictors)
         if policy != ORACLE or predictor == "none" or len(predictors) == 1
@@ -220,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of --every; only periodic counts prompts, and does unless told",
     )
     parser.add_argument("--adaptive", action="store_true", help="--depth is the most; how far to look is learned")
+    parser.add_argument("--streams", action="store_true", help="long prompts stream whole layers, as on a GPU")
     parser.add_argument("--artifact", type=Path, action="append", default=[], help="trained predictor (harness.fit)")
     parser.add_argument(
         "--held-out", action="store_true", help="only requests that no --artifact was trained on (else a fifth of all)"

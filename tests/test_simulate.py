@@ -98,13 +98,16 @@ def test_with_prefetch_the_decisions_are_the_engines(checkpoint: Path, policy: s
     assert found.cache.num_prefetch_issued > 0
 
 
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("batch", [None, 3])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_the_compiled_replay_is_the_coordinator(policy: str, batch: int | None) -> None:
+def test_the_compiled_replay_is_the_coordinator(policy: str, batch: int | None, streams: bool) -> None:
     trace = _random(1, 120, 4, 16, 3)
+    if batch is None:  # prompts of 24 tokens among passes of one
+        trace = replace(trace, step=np.repeat(np.arange(28), [24, *[1] * 6] * 4).astype(np.int32))
     schedule = Schedule(trace, batch=batch)
     for slots in (2, 12, 40):
-        setting = Setting(policy, slots)
+        setting = Setting(policy, slots, streams=streams)
         compiled = replay(schedule, setting, TIMING)
         stepped = _replay_with_predictor(schedule, setting, TIMING, lambda _: None)
         assert compiled.cache == stepped.cache
@@ -211,6 +214,16 @@ def test_two_tiers_count_what_comes_from_disk(
     assert main([*above, *tiers]) == 0 and "td_next_use" in capsys.readouterr().out
 
 
+def test_a_prompt_that_streams_takes_less_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = replace(_random(3, 400, LAYERS, EXPERTS, 2), step=np.repeat([0, 1], 200).astype(np.int32))
+    write_trace(tmp_path / "t.npz", trace)
+    arguments = ["--trace", str(tmp_path / "t.npz"), "--policy", "next_use", "--slots", "50%", "--json"]
+    assert main(arguments) == main([*arguments, "--streams"]) == 0
+    waits, streams = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert not waits["streams"] and streams["streams"] and streams["prefetch_used"] > waits["prefetch_used"] == 0
+    assert streams["elapsed_s"] < waits["elapsed_s"]
+
+
 def test_a_host_tier_below_all_slots_sees_every_expert_once() -> None:
     schedule = Schedule(_random(2, 40, 3, 8, 2), batch=2)
     above = Setting("lru", 24)
@@ -240,6 +253,8 @@ def test_held_out_requests_are_those_that_a_training_would_hold_out(
         (["--predictor", "psychic"], "'psychic'"),
         (["--predictor", "gate_lookahead", "--policy", "lru"], "no recorded gate lookahead"),
         (["--predictor", "previous_token", "--policy", "belady"], "on demand only"),
+        (["--streams", "--policy", "belady"], "on demand only"),
+        (["--streams", "--host-slots", "50%"], "demand alone"),
         (["--bandwidth", "fast"], "'fast'"),
         (["--batch", "0"], "--batch 0"),
         (["--every", "0"], "--every 0"),

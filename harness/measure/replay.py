@@ -13,7 +13,7 @@ from harness.measure.schedule import Schedule
 from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
 from runtime.cache.policies import ORACLE
-from runtime.cache.residency import Count, Residency
+from runtime.cache.residency import Residency
 from runtime.cache.timeline import FloatArray, Times, new_link
 from runtime.errors import UsageError
 from runtime.predictors.artifact import RoutingShape, read_artifact
@@ -49,7 +49,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Setting:
-    """One configuration to replay: the profile's keys of the same names."""
+    """One configuration to replay: the profile's keys of the same names; `streams`: see `Coordinator`."""
 
     policy: str
     slots: int
@@ -60,6 +60,7 @@ class Setting:
     every_unit: str = "step"
     artifact: str | None = None
     adaptive: bool = False
+    streams: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class RecordedLookahead(Predictor):
     Raises:
         UsageError: none was recorded.
     """
+
+    reads_hidden = True
 
     def __init__(self, schedule: Schedule, *, beyond: bool = False) -> None:
         trace = schedule.trace
@@ -195,6 +198,8 @@ def replay(
     Raises:
         UsageError: the setting asks for what the trace does not have, or for what cannot be.
     """
+    if setting.policy == ORACLE and setting.streams:
+        raise UsageError("belady loads on demand only: nothing streams with it")
     if setting.predictor == "none":
         return _replay_on_demand(schedule, setting, timing, on_pass)
     if setting.policy == ORACLE:
@@ -210,11 +215,11 @@ def _replay_on_demand(
     times = timing.over(schedule)
     for first in range(0, len(schedule.passes), _PASSES_AT_ONCE):
         part = slice(first, first + _PASSES_AT_ONCE)
-        steps = schedule.steps(part, is_oracle=setting.policy == ORACLE)
-        now_s, stall_s = residency.replay(steps, per_pass(times, part), link)[-1, :2].tolist()
+        steps = schedule.steps(part, is_oracle=setting.policy == ORACLE, streams=setting.streams)
+        now_s, stall_s, _, num_loads, _ = residency.replay(steps, per_pass(times, part), link)[-1].tolist()
         on_pass(int(steps.num_tokens.sum()))
-    num_loads = residency.counts()[Count.MISSES]
-    moved = TransferStats(num_loads, num_loads * _expert_bytes(schedule.trace), stall_s=stall_s)
+    num_begun = int(num_loads) + link.is_busy
+    moved = TransferStats(int(num_loads), num_begun * _expert_bytes(schedule.trace), stall_s=stall_s)
     return _result(schedule, setting, residency, moved, now_s)
 
 
@@ -234,6 +239,7 @@ def _replay_with_predictor(
         governor=Governor(setting.depth, adaptive=setting.adaptive),
         prefetch_count=setting.count,
         predict_every=1 if setting.predictor == "periodic" else setting.every,
+        streams=setting.streams,
     )
     walk(schedule, coordinator, transfer, timing.over(schedule), on_pass)
     return _result(schedule, setting, residency, transfer.stats(), transfer.now_s)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.cache.residency import next_demands
+from runtime.cache.streaming import expected_share
 from runtime.cache.timeline import Steps
 from runtime.schedulers.base import Route
 from runtime.trace import RoutingTrace
@@ -75,14 +76,23 @@ class Schedule:
         starts = np.cumsum([0, *(experts.size for experts, _ in parts)])
         return Demands(starts, np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
 
-    def steps(self, part: slice, *, is_oracle: bool = False) -> Steps:
-        """The layer steps of some passes, on demand only. Indices into the demands are those of the whole schedule."""
+    def steps(self, part: slice, *, is_oracle: bool = False, streams: bool = False) -> Steps:
+        """The layer steps of some passes, nothing wanted ahead but by those that stream. Indices into the demands are
+        those of the whole schedule."""
         starts, experts, tokens = self.demands
         first, end, _ = part.indices(len(self.passes))
         num_layers = self.trace.num_layers
         num_tokens = np.array([len(rows) for rows in self.passes[part]], np.int64)
         future = self.future if is_oracle else np.zeros(0, np.int64)
-        return Steps(starts[first * num_layers : end * num_layers + 1], experts, tokens, num_tokens, future)
+        shares = self.stream_shares[part] if streams else np.zeros(0)
+        events = starts[first * num_layers : end * num_layers + 1]
+        return Steps(events, experts, tokens, num_tokens, future, stream_shares=shares)
+
+    @cached_property
+    def stream_shares(self) -> npt.NDArray[np.float64]:
+        """[passes], of a layer's experts the share that each is expected to need."""
+        trace = self.trace
+        return np.array([expected_share(trace.num_experts, trace.top_k, len(rows)) for rows in self.passes])
 
     @cached_property
     def future(self) -> Integers:

@@ -160,8 +160,8 @@ class Guide:
         return run.latency_ms_p50, float(peak_bytes)
 
     def _seen_off(self, tried: Sequence[Tried]) -> tuple[float, float]:
-        """Measured over foretold, median over what was tried. What the simulator leaves out, such as prompts that
-        stream whole layers on a GPU, shifts one of them for all configurations; a limit is on what is measured."""
+        """Measured over foretold, median over what was tried. What the simulator leaves out, such as a host
+        that runs ahead of its GPU, shifts one of them for all configurations; a limit is on what is measured."""
         pairs = [(one, self.simulator.run(self._overrides(one.params))) for one in tried]
         tpot = [one.tpot_ms_p50 / run.tpot_ms_p50 for one, run in pairs if one.tpot_ms_p50 and run.tpot_ms_p50]
         ttft = [one.ttft_ms_p50 / run.ttft_ms_p50 for one, run in pairs if run.ttft_ms_p50]

@@ -208,7 +208,11 @@ class Setup:
             if outcome.kind is not Kind.OK:
                 raise TuneError(f"the workload's routing was not recorded: {outcome.message}")
         simulator = Simulator(
-            WorkloadTrace.of(read_trace(path), requests), self.base, settings.concurrency, self._costs()
+            WorkloadTrace.of(read_trace(path), requests),
+            self.base,
+            settings.concurrency,
+            self._costs(),
+            streams=settings.gpu is not None,
         )
         return Guide(
             self.space,

@@ -20,6 +20,7 @@ from runtime.cache.coordinator import Coordinator
 from runtime.cache.governor import Governor
 from runtime.cache.policies import FORESEEING
 from runtime.cache.residency import Count, Residency
+from runtime.cache.streaming import STREAM_SHARE
 from runtime.cache.timeline import NOW_S, NUM_COLD, NUM_LOADS, STALL_S, Times, new_link
 from runtime.facts import wanted_slots
 from runtime.predictors.artifact import RoutingShape
@@ -94,6 +95,7 @@ class SimulatedTrial:
 
     Args:
         foresight: of a profile's predictor over a schedule; None: what it wants depends on more than the routing.
+        streams: long prompts stream whole layers, as on a GPU (see `Coordinator`).
     """
 
     def __init__(
@@ -102,8 +104,10 @@ class SimulatedTrial:
         schedule: ServedPasses,
         foresight: Callable[[Profile, ServedPasses], Foresight | None],
         costs: Costs,
+        *,
+        streams: bool = False,
     ) -> None:
-        self._profile, self._schedule, self._costs = profile, schedule, costs
+        self._profile, self._schedule, self._costs, self._streams = profile, schedule, costs, streams
         self._trace = schedule.trace
         self._is_asked = profile.predictor.kind != "none" and (
             profile.prefetch.depth > 0 or profile.cache.policy in FORESEEING
@@ -125,8 +129,9 @@ class SimulatedTrial:
         if schedule.is_planned and section.scheduler.kind == "route_overlap":
             found.append(_Place("plan/route_overlap", "pass", np.ones(len(schedule.sizes))))
         if self._is_asked:
-            found.append(_Place("prefetch/layer", "ahead", np.full(len(schedule.sizes), float(depth))))
-            found.append(_Place(f"forecast/{section.predictor.kind}", "ahead", max(depth, 1) * self._is_observed))
+            found.append(_Place("prefetch/layer", "ahead", depth * self._looks_ahead))
+            forecasts = max(depth, 1) * self._looks_ahead * self._is_observed
+            found.append(_Place(f"forecast/{section.predictor.kind}", "ahead", forecasts))
         return [place._replace(path=self._costs.known(place.path)) for place in found]
 
     @property
@@ -134,6 +139,16 @@ class SimulatedTrial:
         every, schedule = predict_every(self._profile), self._schedule
         steps = np.arange(len(schedule.sizes))
         return np.asarray((schedule.phases == Phase.PREFILL) | (steps % every == 0), np.float64)
+
+    @property
+    def _reads_hidden(self) -> bool:
+        return self._profile.predictor.kind == "gate_lookahead"
+
+    @property
+    def _looks_ahead(self) -> Floats:
+        """0 for passes that stream, where that needs hidden states; of one that begins to half-way it is not known."""
+        is_needless = self._streams and self._reads_hidden
+        return np.asarray((self._schedule.stream_shares < STREAM_SHARE) | (not is_needless), np.float64)
 
     @cached_property
     def _expert_units(self) -> tuple[list[tuple[str, Floats]], Floats]:
@@ -192,11 +207,13 @@ class SimulatedTrial:
             None if self._foresight is None else self._foresight.wanted(profile.prefetch.depth, profile.prefetch.count)
         )
         for part in (slice(0, warm_up), slice(warm_up, len(self._schedule.passes))):
-            steps = self._schedule.steps(part)
+            steps = self._schedule.steps(part, streams=self._streams)
             if wanted is not None:
                 asks = trace.num_layers + 1
                 starts = wanted[0][part.start * asks : part.stop * asks + 1]
-                steps = steps._replace(wanted_starts=starts, wanted=wanted[1], steps_ahead=wanted[2])
+                steps = steps._replace(
+                    wanted_starts=starts, wanted=wanted[1], steps_ahead=wanted[2], reads_hidden=self._reads_hidden
+                )
             residency.reset_counts()
             ended.append(residency.replay(steps, per_pass(self._times, part), link))
         return np.concatenate(ended), residency.counts()
@@ -213,6 +230,7 @@ class SimulatedTrial:
             governor=Governor(profile.prefetch.depth, adaptive=profile.prefetch.adaptive),
             prefetch_count=profile.prefetch.count,
             predict_every=predict_every(profile),
+            streams=self._streams,
         )
         left = [self._schedule.num_warm_up]
 
@@ -346,6 +364,7 @@ class Timed(Predictor):
     def __init__(self, predictor: Predictor, transfer: SimulatedTransfer, ahead_s: Floats) -> None:
         self._predictor, self._transfer, self._ahead_s = predictor, transfer, ahead_s
         self.by_likelihood, self.sees_next_pass = predictor.by_likelihood, predictor.sees_next_pass
+        self.reads_hidden = predictor.reads_hidden
 
     def begin(self, passing: Pass) -> None:
         """See `Predictor.begin`."""

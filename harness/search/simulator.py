@@ -8,13 +8,12 @@
 (`closed_loop`), its cache decides what is loaded (`runtime.cache`), `Costs` say what takes how long. What a
 configuration does not depend on is kept: passes by scheduler, forecasts by predictor.
 
-A GPU is simulated like a CPU: loads are copies at the probed rate, an expert is computed in the time that the probe
-found until the host has seen it done, and what a layer takes beside its experts is a guess that the fit corrects. Left
-out is that the host only enqueues and may run ahead of the device (the slower of the two then sets the pace; here their
-times are one); that prompts stream whole layers, so that their loads begin earlier (the fit shifts what a prompt takes,
-and the guide what it holds against limits); that demand and prefetch may be copied on two streams at once
+A GPU is simulated like a CPU, but that long prompts stream whole layers: loads are copies at the probed rate, an expert
+is computed in the time that the probe found until the host has seen it done, and what a layer takes beside its experts
+is a guess that the fit corrects. Left out is that the host only enqueues and may run ahead of the device (the slower of
+the two then sets the pace; here their times are one); that demand and prefetch may be copied on two streams at once
 (`transfer.streams` changes nothing here); and that the CPU may compute misses (`miss` and what acts with it change
-nothing here: a miss is copied). Trials decide those.
+nothing here: a miss is copied, a long prompt streams). Trials decide those.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from harness.search.costs import Costs, Row, fitted
 from harness.search.outcome import Measurement
 from harness.search.simulated_trial import Simulated, SimulatedTrial, predict_every, predictor_of
 from harness.search.tracing import LOOKAHEAD, WorkloadTrace
-from runtime.profile import Profile
+from runtime.profile import LOSSY, Profile
 
 _ROUNDS = 3
 """Of a fit: what a simulated trial waits is known only once costs are."""
@@ -41,11 +40,14 @@ class Simulator:
         workload: its recorded routing. base: the profile that overrides are put on.
         concurrency: requests outstanding.
         costs: what things take; a guess (`Costs.prior`) until it is `calibrated`.
+        streams: long prompts stream whole layers, as on a GPU.
     """
 
-    def __init__(self, workload: WorkloadTrace, base: Profile, concurrency: int, costs: Costs) -> None:
+    def __init__(
+        self, workload: WorkloadTrace, base: Profile, concurrency: int, costs: Costs, *, streams: bool = False
+    ) -> None:
         self.costs = self._guess = costs
-        self._workload, self._base, self._concurrency = workload, base, concurrency
+        self._workload, self._base, self._concurrency, self._streams = workload, base, concurrency, streams
         self._schedules: dict[Hashable, ServedPasses] = {}
         self._foresights: dict[Hashable, Foresight] = {}
 
@@ -75,13 +77,14 @@ class Simulator:
 
     def with_costs(self, costs: Costs) -> Simulator:
         """The same workload on another machine; what does not depend on costs is shared."""
-        new = Simulator(self._workload, self._base, self._concurrency, costs)
+        new = Simulator(self._workload, self._base, self._concurrency, costs, streams=self._streams)
         new._schedules, new._foresights = self._schedules, self._foresights
         return new
 
     def _trial(self, overrides: Mapping[str, Any]) -> SimulatedTrial:
         profile = self._base.with_overrides(dict(overrides))
-        return SimulatedTrial(profile, self._schedule(profile), self._foresight, self.costs)
+        streams = self._streams and profile.numerics not in LOSSY  # which load before passes only
+        return SimulatedTrial(profile, self._schedule(profile), self._foresight, self.costs, streams=streams)
 
     def _schedule(self, profile: Profile) -> ServedPasses:
         section = profile.scheduler

@@ -7,14 +7,17 @@ attention, router and host work.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.cache.residency import Residency
 from runtime.predictors.base import BEFORE_FIRST_LAYER
 from runtime.transfer.base import Transfer
 from runtime.vocabulary import LoadReason
+
+if TYPE_CHECKING:
+    from runtime.cache.residency import Residency  # whose replay goes by what stands here
 
 STREAM_SHARE = 0.75
 """Of the experts that are loaded ahead, the least share that must be needed.
@@ -30,6 +33,12 @@ TOKENS_PER_CHOICE = 16
 layer, which 11 that choose at random would. So many of them count as one."""
 
 
+def expected_share(num_experts: int, top_k: int, num_tokens: int) -> float:
+    """Of a layer's `num_experts` experts, the share that a pass of `num_tokens` tokens is expected to need."""
+    left_out = 1.0 - min(1.0, top_k / num_experts)  # by one choice at random
+    return 1.0 - float(left_out ** (num_tokens / TOKENS_PER_CHOICE))
+
+
 class Streaming:
     """Follows a pass layer by layer: how many of the experts that a layer lacked before its router spoke were needed.
 
@@ -38,14 +47,14 @@ class Streaming:
     """
 
     def __init__(self, num_experts: int, top_k: int) -> None:
-        self._left_out = 1.0 - min(1.0, top_k / num_experts)  # by one choice at random
+        self._num_experts, self._top_k = num_experts, top_k
         self._expected, self._is_allowed = 0.0, True
         self._num_lacked = self._num_needed = 0  # by the pass's layers so far
 
     def begin(self, num_tokens: int, *, is_allowed: bool = True) -> None:
         """A pass of `num_tokens` tokens starts; it may stream where `is_allowed`."""
         self._is_allowed = is_allowed
-        self._expected = 1.0 - self._left_out ** (num_tokens / TOKENS_PER_CHOICE)
+        self._expected = expected_share(self._num_experts, self._top_k, num_tokens)
         self._num_lacked = self._num_needed = 0
 
     def saw(self, num_lacked: int, num_needed: int) -> None:

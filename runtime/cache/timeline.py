@@ -4,8 +4,7 @@ traces at once.
 Lookup, victims and bookkeeping are `steps`, the engine's own. What stands here is when: which load the link performs
 while what is computed, and so which experts have arrived when they are asked for. A test holds it to the coordinator.
 
-Passes that stream (a coordinator with `streams`, as of a GPU) are not replayed here: every layer step waits for its
-router. A walk through the coordinator itself on a `SimulatedTransfer` does stream.
+Passes stream as those of a coordinator with `streams` where `Steps.stream_shares` are given (see `Streaming`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from numba import njit
 
 from runtime.cache import steps
 from runtime.cache.policies import SOURCE
-from runtime.cache.steps import DEFERRED, EXPERT, LAYER, IntArray, State, plan_ahead, plan_wave
+from runtime.cache.steps import DEFERRED, EXPERT, LAYER, NOW, IntArray, State, plan_ahead, plan_wave
+from runtime.cache.streaming import STREAM_SHARE
 from runtime.transfer.simulated import COLD_LOADS
 
 FloatArray = npt.NDArray[np.float64]
@@ -37,6 +37,9 @@ class Steps(NamedTuple):
         wanted_starts: [passes * (layers + 1) + 1], where each step's part of `wanted` begins; the first of every pass
             is asked for before its first layer. Empty: nothing is prefetched.
         wanted: experts (ids) to have ready, most urgent first. steps_ahead: layers until each is needed.
+        reads_hidden: what is wanted is forecast from hidden states, which a pass that streams does not look at.
+        stream_shares: [passes], of a layer's experts the share that each pass is expected to need
+            (`streaming.expected_share`). Empty: no pass streams.
     """
 
     events: IntArray
@@ -47,6 +50,8 @@ class Steps(NamedTuple):
     wanted_starts: IntArray = np.zeros(0, np.int64)
     wanted: IntArray = np.zeros(0, np.int64)
     steps_ahead: IntArray = np.zeros(0, np.int64)
+    reads_hidden: bool = False
+    stream_shares: FloatArray = np.zeros(0)
 
 
 class Times(NamedTuple):
@@ -84,10 +89,15 @@ class Link(NamedTuple):
 
     clock: FloatArray
     current: IntArray  # the slot that is being filled, tickets given out so far, loads begun since the link was idle
-    ticket: IntArray  # per slot, of the load that is queued for it; _NONE: none is
+    ticket: IntArray  # per slot, of the load that is queued for it, odd for one in _PREFETCH; _NONE: none is
     arrived: npt.NDArray[np.bool_]  # per slot: its last load has ended
     ends: IntArray  # [queue, first and one past the last]
     queue: IntArray  # [queue, place, slot and ticket]
+
+    @property
+    def is_busy(self) -> bool:
+        """A load is under way."""
+        return bool(self.current[0] != _FREE)
 
 
 def new_link(num_slots: int) -> Link:
@@ -102,6 +112,19 @@ def new_link(num_slots: int) -> Link:
     )
 
 
+class Stream(NamedTuple):
+    """What `Streaming` and `LayerStream` keep of the running pass."""
+
+    counts: IntArray
+    experts: IntArray  # [_LACKED or _WAITING, experts of a layer]
+
+
+# In `Stream.counts`: passes may stream, this one is expected to, it has; what `Streaming.saw`; the layer that _LACKED
+# is about, or _NONE; how many are _WAITING.
+_IS_USED, _IS_EXPECTED, _HAS_RUN, _NUM_LACKED, _NUM_NEEDED, _OF_LAYER, _NUM_WAITING = 0, 1, 2, 3, 4, 5, 6
+_LACKED, _WAITING = 0, 1  # whether the layer lacked an expert; those of the next layer that have no slot yet
+
+
 @njit
 def _put(link, slot, queue):  # type: ignore[no-untyped-def]
     """Queue a load for `slot`; one that was queued for it is cancelled."""
@@ -113,10 +136,10 @@ def _put(link, slot, queue):  # type: ignore[no-untyped-def]
                 kept += 1
         link.ends[queue, 0], link.ends[queue, 1] = 0, kept
     link.current[1] += 1
-    link.ticket[slot] = link.current[1]
+    link.ticket[slot] = 2 * link.current[1] + queue
     link.arrived[slot] = False
     place = link.ends[queue, 1]
-    link.queue[queue, place, 0], link.queue[queue, place, 1] = slot, link.current[1]
+    link.queue[queue, place, 0], link.queue[queue, place, 1] = slot, link.ticket[slot]
     link.ends[queue, 1] += 1
 
 
@@ -176,7 +199,7 @@ def _act(state, link, demand, kinds, slots, link_s):  # type: ignore[no-untyped-
     if link.current[0] == _FREE:
         _start_next(link, link_s)
     for i in range(demand.size):
-        if kinds[i] == 1 and link.ticket[slots[i]] != _NONE:
+        if kinds[i] == 1 and link.ticket[slots[i]] != _NONE and link.ticket[slots[i]] % 2 == _PREFETCH:
             _put(link, slots[i], _DEMAND)
 
 
@@ -196,6 +219,92 @@ def _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, lin
             wanted[num_left], steps_ahead[num_left] = wanted[i], steps_ahead[i]
             num_left += 1
     return num_left
+
+
+@njit
+def _is_on(stream):  # type: ignore[no-untyped-def]
+    """See `Streaming.is_on`."""
+    num_lacked = stream.counts[_NUM_LACKED]
+    if num_lacked == 0:
+        return stream.counts[_IS_EXPECTED] == 1
+    return stream.counts[_NUM_NEEDED] / num_lacked >= STREAM_SHARE
+
+
+@njit
+def _keep_for_pass(state, stream, layer):  # type: ignore[no-untyped-def]
+    """The pass streams: see `Residency.keep_for_pass`."""
+    stream.counts[_HAS_RUN] = 1
+    per_layer = state.experts.size // state.layers.size
+    for expert in range((layer + 1) * per_layer, state.experts.size):
+        state.experts[expert].needed_at = state.scalars[NOW] + 2
+    for later in range(layer + 1, state.layers.size):
+        state.layers[later].is_stale = True
+
+
+@njit
+def _begin_stream(state, stream, share):  # type: ignore[no-untyped-def]
+    """See `LayerStream.begin`."""
+    stream.counts[:] = 0
+    stream.counts[_IS_USED], stream.counts[_IS_EXPECTED], stream.counts[_OF_LAYER] = 1, share >= STREAM_SHARE, _NONE
+    if _is_on(stream):
+        _keep_for_pass(state, stream, -1)
+
+
+@njit
+def _routed(state, stream, layer, demand):  # type: ignore[no-untyped-def]
+    """See `LayerStream.routed`."""
+    per_layer = state.experts.size // state.layers.size
+    first = layer * per_layer
+    for index in range(per_layer):
+        if stream.counts[_OF_LAYER] != layer:
+            stream.experts[_LACKED, index] = state.experts[first + index].slot_of < 0
+        stream.counts[_NUM_LACKED] += stream.experts[_LACKED, index]
+    for i in range(demand.size):
+        stream.counts[_NUM_NEEDED] += stream.experts[_LACKED, demand[i] - first]
+    stream.counts[_OF_LAYER], stream.counts[_NUM_WAITING] = _NONE, 0
+    if _is_on(stream):
+        _keep_for_pass(state, stream, layer)
+
+
+@njit
+def _stream_next(state, link, policy, layer, stream, is_full, link_s):  # type: ignore[no-untyped-def]
+    """See `LayerStream.load_next`."""
+    if layer + 1 == state.layers.size:
+        return
+    per_layer, num_lacked = state.experts.size // state.layers.size, 0
+    first = (layer + 1) * per_layer
+    for index in range(per_layer):
+        stream.experts[_LACKED, index] = state.experts[first + index].slot_of < 0
+        stream.experts[_WAITING, index] = first + index
+        num_lacked += stream.experts[_LACKED, index]
+    stream.counts[_OF_LAYER], stream.counts[_NUM_WAITING] = layer + 1, per_layer
+    if not is_full and num_lacked > 0:
+        _stream(state, link, policy, layer, stream, per_layer, link_s)
+    num_left = 0
+    for index in range(per_layer):
+        if state.experts[first + index].slot_of < 0:
+            stream.experts[_WAITING, num_left] = first + index
+            num_left += 1
+    stream.counts[_NUM_WAITING] = num_left
+
+
+@njit
+def _stream(state, link, policy, layer, stream, most, link_s):  # type: ignore[no-untyped-def]
+    """See `LayerStream.load`."""
+    num_waiting = stream.counts[_NUM_WAITING]
+    num_wanted = min(most, num_waiting)
+    slots = np.empty(num_wanted, np.int64)
+    plan_ahead(state, policy, layer, stream.experts[_WAITING, :num_wanted], np.ones(num_wanted, np.int64), slots)
+    num_left = 0
+    for i in range(num_waiting):
+        if i < num_wanted and slots[i] >= 0:
+            _put(link, slots[i], _DEMAND)
+        else:
+            stream.experts[_WAITING, num_left] = stream.experts[_WAITING, i]
+            num_left += 1
+    stream.counts[_NUM_WAITING] = num_left
+    if link.current[0] == _FREE:
+        _start_next(link, link_s)
 
 
 @njit
@@ -249,9 +358,79 @@ def _arrivals(  # type: ignore[no-untyped-def]
 
 
 @njit
+def _await_in_turn(  # type: ignore[no-untyped-def]
+    state, link, demand, slots, ready, num_ready, awaited, num_awaited, is_ordered, link_s
+):  # fmt: skip
+    """Append to the places in `ready` those of the `awaited` that have arrived, one at least, or, `is_ordered`, the
+    first; how many are in either now."""
+    began_s, num_before, num_asked = link.clock[NOW_S], num_ready, 1 if is_ordered else num_awaited
+    while True:
+        num_left = 0
+        for turn in range(num_awaited):
+            i = awaited[turn]
+            if turn < num_asked and link.arrived[slots[i]]:
+                state.experts[demand[i]].ready = True
+                ready[num_ready] = i
+                num_ready += 1
+            else:
+                awaited[num_left] = i
+                num_left += 1
+        if num_ready > num_before:
+            break
+        _end_current(link, link_s)
+    link.clock[STALL_S] += link.clock[NOW_S] - began_s
+    return num_ready, num_left
+
+
+@njit
+def _is_ring(stream, kinds, num_experts, is_on):  # type: ignore[no-untyped-def]
+    """See `Coordinator._is_ring`."""
+    for i in range(num_experts):
+        if kinds[i] == DEFERRED or (is_on and kinds[i] != 2):
+            return True
+    return stream.counts[_NUM_WAITING] > 0
+
+
+@njit
+def _ring(  # type: ignore[no-untyped-def]
+    state, link, policy, layer, demand, tokens, num_tokens, stream, scratch, wanted, steps_ahead, num_wanted, expert_s,
+    link_s, slowdown,
+):  # fmt: skip
+    """Compute a layer step one expert at a time, each of whose slots goes to the next load."""
+    kinds, slots, _ = scratch
+    size = demand.size
+    ready, awaited, deferred = np.empty(size, np.int64), np.empty(size, np.int64), _deferred(kinds, size)
+    num_ready = _append(ready, 0, kinds, size, 2)
+    num_awaited = _append(awaited, _append(awaited, 0, kinds, size, 1), kinds, size, 0)
+    is_ordered, num_placed = _is_on(stream), 0
+    for turn in range(size):
+        if turn == num_ready:
+            num_ready, num_awaited = _await_in_turn(
+                state, link, demand, slots, ready, num_ready, awaited, num_awaited, is_ordered, link_s
+            )
+        i = ready[turn]
+        _advance(link, expert_s[i], link_s, slowdown)
+        state.experts[demand[i]].leases -= 1
+        state.layers[layer].is_stale = True
+        if num_placed < deferred.size:
+            j = deferred[num_placed]
+            one = slice(j, j + 1)
+            plan_wave(state, policy, layer, demand[one], tokens[one], num_tokens, False, -1, kinds[one], slots[one])
+            if kinds[j] != DEFERRED:
+                _act(state, link, demand[one], kinds[one], slots[one], link_s)
+                num_placed += 1
+                awaited[num_awaited] = j
+                num_awaited += 1
+        elif stream.counts[_NUM_WAITING] > 0:
+            _stream(state, link, policy, layer, stream, 1, link_s)
+        elif num_wanted > 0:
+            num_wanted = _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, link_s)
+
+
+@njit
 def _layer_step(  # type: ignore[no-untyped-def]
-    state, link, policy, layer, demand, tokens, num_tokens, scratch, wanted, steps_ahead, ahead_s, expert_s, link_s,
-    slowdown,
+    state, link, policy, layer, demand, tokens, num_tokens, stream, scratch, wanted, steps_ahead, looks_ahead, ahead_s,
+    expert_s, link_s, slowdown,
 ):  # fmt: skip
     """`Coordinator.serve` and the computing of what it yields."""
     kinds, slots, _ = scratch
@@ -259,14 +438,28 @@ def _layer_step(  # type: ignore[no-untyped-def]
         slot = state.experts[demand[i]].slot_of
         if slot >= 0 and link.arrived[slot]:
             state.experts[demand[i]].ready = True
+    if stream.counts[_IS_USED]:
+        _routed(state, stream, layer, demand)
     plan_wave(state, policy, layer, demand, tokens, num_tokens, True, -1, kinds, slots)
     _act(state, link, demand, kinds, slots, link_s)
-    _advance(link, ahead_s, link_s, slowdown)
     num_wanted = wanted.size
-    if num_wanted > 0:
+    if looks_ahead or stream.counts[_HAS_RUN] == 0:
+        _advance(link, ahead_s, link_s, slowdown)
+    else:
+        num_wanted = 0
+    deferred, is_on = _deferred(kinds, demand.size), _is_on(stream)
+    if is_on:
+        num_wanted = 0
+        _stream_next(state, link, policy, layer, stream, deferred.size > 0, link_s)
+    elif num_wanted > 0:
         num_wanted = _load_ahead(state, link, policy, layer, wanted, steps_ahead, num_wanted, link_s)
+    if stream.counts[_IS_USED] and _is_ring(stream, kinds, demand.size, is_on):
+        _ring(
+            state, link, policy, layer, demand, tokens, num_tokens, stream, scratch, wanted, steps_ahead, num_wanted,
+            expert_s, link_s, slowdown,
+        )  # fmt: skip
+        return
     while True:
-        deferred = _deferred(kinds, demand.size)
         num_wanted = _arrivals(
             state, link, policy, layer, demand, scratch, expert_s, wanted, steps_ahead, num_wanted, link_s, slowdown
         )
@@ -275,17 +468,24 @@ def _layer_step(  # type: ignore[no-untyped-def]
         demand, expert_s = demand[deferred], expert_s[deferred]
         plan_wave(state, policy, layer, demand, tokens[: demand.size], num_tokens, False, -1, kinds, slots)
         _act(state, link, demand, kinds, slots, link_s)
+        deferred = _deferred(kinds, demand.size)
 
 
 @njit
 def _deferred(kinds, num_experts):  # type: ignore[no-untyped-def]
     """Places of the experts that found no slot."""
-    places, num = np.empty(num_experts, np.int64), 0
+    places = np.empty(num_experts, np.int64)
+    return places[: _append(places, 0, kinds, num_experts, DEFERRED)]
+
+
+@njit
+def _append(places, num, kinds, num_experts, kind):  # type: ignore[no-untyped-def]
+    """Append the places of the experts of a kind to the first `num` of `places`; how many there are now."""
     for i in range(num_experts):
-        if kinds[i] == DEFERRED:
+        if kinds[i] == kind:
             places[num] = i
             num += 1
-    return places[:num]
+    return num
 
 
 def _compile(sources: str) -> Callable[..., FloatArray]:
@@ -294,8 +494,8 @@ def _compile(sources: str) -> Callable[..., FloatArray]:
     @njit(cache=True)
     def compiled(  # type: ignore[no-untyped-def]
         experts, layers, expert_in, follows, counts, scalars, clock, current, ticket, arrived, ends, queue, policy,
-        events, demand, tokens, num_tokens, future, wanted_starts, wanted, steps_ahead,
-        load_s, cold_s, slowdown, pass_s, layer_s, ahead_s, expert_s,
+        events, demand, tokens, num_tokens, future, wanted_starts, wanted, steps_ahead, reads_hidden,
+        stream_shares, load_s, cold_s, slowdown, pass_s, layer_s, ahead_s, expert_s,
     ):  # fmt: skip
         """See `replay`."""
         len(sources)
@@ -307,7 +507,10 @@ def _compile(sources: str) -> Callable[..., FloatArray]:
         nothing = np.zeros(0, np.int64)
         per_layer = state.experts.size // num_layers
         scratch = np.empty(per_layer, np.int64), np.empty(per_layer, np.int64), np.empty(per_layer, np.bool_)
+        stream = Stream(np.zeros(7, np.int64), np.zeros((2, per_layer), np.int64))
         for number in range(num_tokens.size):
+            if stream_shares.size > 0:
+                _begin_stream(state, stream, stream_shares[number])
             for turn in range(num_layers + 1):
                 ask = number * (num_layers + 1) + turn
                 goal, ahead = nothing, nothing
@@ -316,7 +519,9 @@ def _compile(sources: str) -> Callable[..., FloatArray]:
                     goal = wanted[wanted_starts[ask] : wanted_starts[ask + 1]].copy()
                     ahead = steps_ahead[wanted_starts[ask] : wanted_starts[ask + 1]].copy()
                 if turn == 0:
-                    if goal.size > 0:
+                    if _is_on(stream):
+                        _stream_next(state, link, policy, -1, stream, False, link_s)
+                    elif goal.size > 0:
                         _load_ahead(state, link, policy, -1, goal, ahead, goal.size, link_s)
                     continue
                 event = number * num_layers + turn - 1
@@ -325,8 +530,8 @@ def _compile(sources: str) -> Callable[..., FloatArray]:
                     state.experts[demand[i]].next_demand = future[i]
                 _advance(link, layer_s[number], link_s, slowdown)
                 _layer_step(
-                    state, link, policy, turn - 1, demand[start:end], tokens[start:end], num_tokens[number],
-                    scratch, goal, ahead, ahead_s[number], expert_s[start:end], link_s, slowdown,
+                    state, link, policy, turn - 1, demand[start:end], tokens[start:end], num_tokens[number], stream,
+                    scratch, goal, ahead, not reads_hidden, ahead_s[number], expert_s[start:end], link_s, slowdown,
                 )  # fmt: skip
             _advance(link, pass_s[number], link_s, slowdown)
             out[number] = clock[:5]
@@ -337,7 +542,7 @@ def _compile(sources: str) -> Callable[..., FloatArray]:
     return compiled
 
 
-_compiled = _compile(SOURCE + Path(steps.__file__).read_text(encoding="utf-8"))
+_compiled = _compile(f"{COLD_LOADS} {STREAM_SHARE} {SOURCE}{Path(steps.__file__).read_text(encoding='utf-8')}")
 
 
 def replay(

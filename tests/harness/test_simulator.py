@@ -76,7 +76,7 @@ def random_times(schedule: Schedule, seed: int, load_s: float, cold_s: float, sl
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    sizes=st.lists(st.sampled_from([1, 1, 1, 2, 5]), min_size=1, max_size=25),
+    sizes=st.lists(st.sampled_from([1, 1, 1, 2, 5, 40, 90]), min_size=1, max_size=25),
     slots=st.integers(1, LAYERS * EXPERTS),
     policy=st.sampled_from(sorted(set(POLICIES) - FORESEEING)),
     kind=st.sampled_from(["previous_token", "gate_lookahead"]),
@@ -86,6 +86,7 @@ def random_times(schedule: Schedule, seed: int, load_s: float, cold_s: float, sl
     load_s=st.sampled_from([0.0, 0.05, 0.3, 2.0]),
     cold_s=st.sampled_from([0.0, 0.1]),
     slowdown=st.sampled_from([0.0, 0.4]),
+    streams=st.booleans(),
 )
 def test_compiled_prefetching_is_the_coordinators(
     seed: int,
@@ -99,12 +100,16 @@ def test_compiled_prefetching_is_the_coordinators(
     load_s: float,
     cold_s: float,
     slowdown: float,
+    streams: bool,
 ) -> None:
+    is_lookahead = kind == "gate_lookahead"
+    if streams and is_lookahead:
+        every = 1  # else the next pass goes by what it forecast before the stream
     schedule = Schedule(random_trace(seed, sizes))
     times = random_times(schedule, seed, load_s, cold_s, slowdown)
 
     def predictor() -> Predictor:
-        return RecordedLookahead(schedule) if kind == "gate_lookahead" else PreviousToken(LAYERS, EXPERTS)
+        return RecordedLookahead(schedule) if is_lookahead else PreviousToken(LAYERS, EXPERTS)
 
     stepped = Residency(LAYERS, EXPERTS, slots, TOP_K, policy)
     transfer = SimulatedTransfer(load_s, slowdown=slowdown, cold_s=cold_s)
@@ -115,12 +120,15 @@ def test_compiled_prefetching_is_the_coordinators(
         governor=Governor(depth),
         prefetch_count=count,
         predict_every=every,
+        streams=streams,
     )
     expected = walk(schedule, coordinator, transfer, times)
 
     compiled, link = Residency(LAYERS, EXPERTS, slots, TOP_K, policy), new_link(slots)
     starts, wanted, ahead = Foresight(schedule, predictor(), every, 3).wanted(depth, count)
-    steps = schedule.steps(slice(None))._replace(wanted_starts=starts, wanted=wanted, steps_ahead=ahead)
+    steps = schedule.steps(slice(None), streams=streams)._replace(
+        wanted_starts=starts, wanted=wanted, steps_ahead=ahead, reads_hidden=is_lookahead
+    )
     found = compiled.replay(steps, times, link)
 
     assert compiled.counts() == stepped.counts()
@@ -212,6 +220,22 @@ def test_what_is_not_compiled_goes_through_the_coordinator(overrides: Mapping[st
         == simulator().run({"cache.slots": 6, "prefetch.depth": 0}).num_hits
         + simulator().run({"cache.slots": 6, "prefetch.depth": 0}).num_misses
     )
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"prefetch.depth": 2}, {"prefetch.depth": 0}, {"predictor.kind": "previous_token"}]
+)
+@pytest.mark.parametrize("slots", [6, 12])
+def test_long_prompts_stream_as_in_the_coordinator(slots: int, overrides: Mapping[str, Any]) -> None:
+    where, profile = workload(lengths=((90, 6), (9, 6), (90, 6))), Profile.default()
+    trials = []
+    for streams in (False, True):
+        one = Simulator(where, profile, 1, prior(), streams=streams)
+        trials.append(one._trial({"cache.slots": slots, "cache.policy": "lru", **overrides}))
+    found, counts = trials[1]._run
+    walked, expected = trials[1]._walk(Residency(LAYERS, EXPERTS, slots, TOP_K, "lru"))
+    assert found == pytest.approx(walked, abs=1e-9) and counts == expected
+    assert trials[1].simulated().ttft_ms_p50 < trials[0].simulated().ttft_ms_p50
 
 
 def hidden(seed: int) -> Costs:
