@@ -28,6 +28,7 @@ from runtime.profile import (
     match_profile,
 )
 from runtime.profile.lookup import SUFFIXES, Judged, candidates, judge, missing_artifact
+from runtime.profile.matching import is_same_kind
 from runtime.profile.schema import DEFAULT
 
 Source = str | Path | Profile
@@ -135,15 +136,25 @@ def _settled(named: _Named, facts: ModelFacts, here: MachineFacts, again: _Again
     if strict and match.level in ("stale", "rejected"):
         raise ProfileError(f"{_verdict(named, match)}; {again.tune(named.profile)}")
     if match.level == "rejected":
+        named, notes = _without_foreign_limit(named, here)
         try:
-            instead, notes = _fallback(named, facts, here)
+            instead, more = _fallback(named, facts, here)
         except ProfileError as error:
             raise ProfileError(f"{_verdict(named, match)}, and its fallback cannot run: {error}") from error
         what = "the default configuration" if instead.profile.is_default else instead.name
         said = f"{_verdict(named, match)}: {what} runs instead; {again.tune(named.profile)}"
-        return _Settled(instead, match, [said, *notes])
+        return _Settled(instead, match, [said, *notes, *more])
     is_worth_telling = match.level != "exact" and named.profile.match is not None
     return _Settled(named, match, _reasons(match) if is_worth_telling else [])
+
+
+def _without_foreign_limit(named: _Named, here: MachineFacts) -> tuple[_Named, list[str]]:
+    """A limit of a GPU's memory says nothing of the host's, nor the other way round; a note where there was one."""
+    most, match = named.profile.max_memory_bytes, named.profile.match
+    if most is None or match is None or is_same_kind(match, here):
+        return named, []
+    note = f"its limit of {format_bytes(most)} is of {match.device}'s memory and does not count on {here.device}"
+    return named._replace(profile=named.profile.with_overrides({"limits.max_memory_bytes": None})), [note]
 
 
 def _fallback(named: _Named, facts: ModelFacts, here: MachineFacts) -> tuple[_Named, list[str]]:

@@ -108,24 +108,26 @@ def test_a_stale_one_runs_with_a_warning_and_strict_refuses_it(put: Any) -> None
         runtime.load(path, strict=True)
 
 
-def test_instead_of_a_rejected_one_the_default_runs_within_its_limits(put: Any, checkpoint: Path) -> None:
+def test_instead_of_one_for_a_gpu_the_default_runs_without_the_limit_of_its_memory(put: Any, checkpoint: Path) -> None:
     path = put(**REJECTED, limits__max_memory_bytes=64 * GIB, workload__context=128)
     with runtime.load(path) as engine:
         assert engine.match is not None and engine.match.level == "rejected"
         assert engine.profile.cache.policy == Profile.default().cache.policy and engine.source == str(checkpoint)
-        assert engine.profile.limits is not None and engine.profile.limits.max_memory_bytes == 64 * GIB
         assert engine.profile.workload is not None and engine.profile.workload.context == 128
-        (note,) = engine.notes
+        assert engine.profile.max_memory_bytes is None
+        note, of_limit = engine.notes
     assert "device: profile cuda:NVIDIA H100, here cpu" in note and "the default configuration runs instead" in note
-    assert f"python -m harness.tune --model {checkpoint} --max-memory {64 * GIB}" in note
+    assert note.endswith(f"python -m harness.tune --model {checkpoint}")
+    assert of_limit == "its limit of 68.7 GB is of cuda:NVIDIA H100's memory and does not count on cpu"
     with pytest.raises(ProfileError, match=r"another model or machine \(device: .*harness\.tune"):
         runtime.load(path, strict=True)
 
 
 def test_a_profile_of_another_model_leaves_the_checkpoint_that_was_given(put: Any, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", experts=4)
-    with runtime.load(put(), other) as engine:
+    with runtime.load(put(limits__max_memory_bytes=64 * GIB), other) as engine:
         assert engine.match is not None and engine.match.level == "rejected" and engine.source == str(other)
+        assert engine.profile.max_memory_bytes == 64 * GIB
         assert "model experts: profile 8, here 4" in engine.notes[0]
         inputs = engine.tokenizer("the cat", return_tensors="pt", return_token_type_ids=False)
         engine.model.generate(**inputs, max_new_tokens=4)
@@ -145,7 +147,8 @@ def test_a_named_fallback_runs_and_keeps_the_smaller_limit(put: Any, folder: Pat
     other = put("other.yaml", cache__policy="lfu", limits__max_memory_bytes=9 * GIB)
     names = {"name": "other", "path": "other.yaml", "id": load_profile(other).id}
     for limit, kept in ((8 * GIB, 8 * GIB), (10 * GIB, 9 * GIB), (None, 9 * GIB)):
-        found = choose(put(**REJECTED, fallback=names[named_by], limits__max_memory_bytes=limit))
+        rejected = {"match__model__experts": 4}
+        found = choose(put(**rejected, fallback=names[named_by], limits__max_memory_bytes=limit))
         assert found.profile.cache.policy == "lfu" and found.profile.max_memory_bytes == kept
         assert found.match is not None and found.match.level == "rejected"
         assert len(found.notes) == 1 and f"profile {other} runs instead" in found.notes[0]

@@ -87,7 +87,7 @@ def _match_machine(match: Match, machine: MachineFacts) -> Iterator[tuple[Level,
     if match.device is None:
         yield "compatible", "the profile does not say which device it is for"
     elif match.device != machine.device:
-        same_kind = match.device.split(":")[0] == machine.device.split(":")[0]
+        same_kind = is_same_kind(match, machine)
         yield "compatible" if same_kind else "rejected", f"device: profile {match.device}, here {machine.device}"
         if not same_kind:
             return  # the memory and the rate of another kind of device say nothing
@@ -100,6 +100,11 @@ def _match_machine(match: Match, machine: MachineFacts) -> Iterator[tuple[Level,
     else:
         wanted = f"{format_bytes(bandwidth.min)}/s"
         yield "stale", f"bandwidth at expert size: profile at least {wanted}, here {format_bytes(found)}/s"
+
+
+def is_same_kind(match: Match, machine: MachineFacts) -> bool:
+    """Whether both are CPUs or both GPUs; of a profile that does not say, yes."""
+    return match.device is None or match.device.split(":")[0] == machine.device.split(":")[0]
 
 
 def _match_memory(wanted: int | None, found: int) -> Iterator[tuple[Level, str]]:
