@@ -42,11 +42,15 @@ lint: $(VENV)/.test
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# Two at a time, as many as the machines that CI has have cores; TEST_JOBS=0, for a debugger, runs them in one process.
+TEST_JOBS ?= 2
+PYTEST := $(PY) -m pytest --numprocesses=$(TEST_JOBS) --dist=worksteal
+
 test: lint
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.test
-	$(PY) -m pytest -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 check: $(VENV)/.test
 	@$(PY) -m harness.check $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -62,7 +63,8 @@ def test_it_has_the_keys_of_a_file_that_pytest_benchmark_writes(tmp_path: Path) 
     (tmp_path / "test_one.py").write_text("def test_one(benchmark): benchmark.pedantic(len, args=((),), rounds=3)\n")
     written = tmp_path / "written.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--benchmark-json={written}"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     theirs, ours = json.loads(written.read_text()), _exported()
     assert ours.keys() == theirs.keys()
     assert ours["benchmarks"][0].keys() == theirs["benchmarks"][0].keys()
