@@ -179,47 +179,43 @@ def _build_pools(
     stores = [ExpertStore.open(loaded.model, loaded.files, [loaded.layers[i] for i in layers]) for layers in members]
     if total < len(members):
         raise BudgetError(f"{total} slots for {len(members)} shapes of experts: each needs at least 1; raise the limit")
-    host = plan_host_tier(stores, profile, facts, device) if is_gpu(device) else None
-    if host is not None:
-        notes.append(host.describe())
+    plan = plan_host_tier(stores, profile, facts, device) if is_gpu(device) else None
+    if plan is not None:
+        notes.append(plan.describe())
     for number, (layers, store) in enumerate(zip(members, stores, strict=True)):
         share = sum(loaded.layers[i].num_experts for i in layers) / facts.num_experts_total
         predictor, inputs, note = build_predictor(loaded, layers, profile)
         num_slots = max(1, int(total * share))
-        if host is None:
+        if plan is None:
             tier = cpu_tier(store, num_slots, profile)
         else:
-            tier = gpu_tier(store, num_slots, profile, facts, device, host, number)
+            tier = gpu_tier(store, num_slots, profile, facts, device, plan, number)
         pool = _build_pool(tier, len(layers), predictor, profile, facts, needed)
-        hosts, miss_notes = _compute_misses(loaded, layers, pool, profile, device)
+        hosts, miss_notes = _build_hosts(loaded, layers, pool, profile, device)
         note += tier.notes + miss_notes
         passes.listeners.append(pool.coordinator.begin)
         substitutions = build_substitutions(loaded, layers, pool, profile, passes)
         for turn, (index, router_input, substitution) in enumerate(zip(layers, inputs, substitutions, strict=True)):
             sources[index] = OffloadedSource(
-                pool, turn, lambda: passes.current, router_input, substitution, asks_ahead=asks_ahead
+                pool, turn, lambda: passes.current, router_input, substitution, hosts[turn], asks_ahead=asks_ahead
             )
-            sources[index].host = hosts[turn]
         pools.append(pool)
         notes.extend(note)
     return pools, [sources[index] for index in range(len(loaded.layers))], notes
 
 
-def _compute_misses(
+def _build_hosts(
     loaded: LoadedModel, layers: list[int], pool: Pool, profile: Profile, device: torch.device
 ) -> tuple[list[HostLayer | None], list[str]]:
-    """What computes each layer's share of the misses on the host, where the profile wants that; notes."""
+    """What computes each layer's share of the misses on the host, where the profile wants that, and the split between
+    that and copies; notes."""
     if pool.host is None:
         return [None] * len(layers), []
-    residency = pool.coordinator.residency
-
-    def may_compute(num_routes: int) -> bool:
-        return split.may_compute(residency.num_experts, max(1.0, num_routes / residency.num_experts))
-
-    hosts = [HostLayer(loaded.modules[index], may_compute) for index in layers]
+    # They are asked in passes, when `misses` is there: it goes by rates that are measured with them.
+    hosts = [HostLayer(loaded.modules[index], lambda num_routes: misses.may_compute(num_routes)) for index in layers]
     rates = rates_of(pool, hosts, device)
     split = MissSplit(rates, 1.0 if profile.miss == "compute" else profile.compute.host_share)
-    pool.coordinator.misses = Misses(split, pool.host.has, pool.host.hold, pool.host.release)
+    pool.coordinator.misses = misses = Misses(split, pool.host, pool.coordinator.residency.num_experts)
     threads = f"{profile.compute.threads} CPU thread{'' if profile.compute.threads == 1 else 's'}"
     note = (
         f"a miss takes {1e3 * rates.copy_s:.3g} ms to copy and {1e3 * rates.compute_s(1):.3g} ms to compute on "

@@ -71,20 +71,20 @@ def gpu_tier(
     profile: Profile,
     facts: ModelFacts,
     device: torch.device,
-    host: HostPlan,
+    plan: HostPlan,
     number: int,
 ) -> Tier:
-    """From host memory, into which experts are read now: all of them, or as many as `host` has rows for in pool
+    """From host memory, into which experts are read now: all of them, or as many as `plan` has rows for in pool
     `number`; the others come from disk when they are needed.
 
     Raises:
         BudgetError: the device has no room for the slots.
         TransferError: an expert cannot be read.
     """
-    share, io_threads, num_streams = host.shares[number], profile.transfer.io_threads, profile.transfer.streams
+    share, io_threads, num_streams = plan.shares[number], profile.transfer.io_threads, profile.transfer.streams
     node, notes = _node(device)
     rows: HostSlab | HostRows
-    if host.holds_all:
+    if plan.holds_all:
         rows = HostSlab(store, io_threads=io_threads, num_pinned=share.num_pinned, node=node)
     else:
         policy = (profile.tiers or Tiers()).host_policy

@@ -12,7 +12,7 @@ import torch
 from runtime.cache.miss import MissRates
 from runtime.host_experts import FEW_ROWS, HostLayer
 from runtime.kernels import HostArrival
-from runtime.pool import Pool
+from runtime.pool import HostWeights, Pool
 from runtime.readback import upload
 from runtime.transfer.base import Transfer
 from runtime.vocabulary import Load, LoadReason
@@ -38,7 +38,7 @@ def rates_of(pool: Pool, layers: Sequence[HostLayer], device: torch.device) -> M
     for gemv_rows in (FEW_ROWS, 0):
         for layer in layers:
             layer.gemv_rows = gemv_rows
-        compute = _computing(pool, layers[0], experts[0], device)
+        compute = _computing(host, layers[0], experts[0], device)
         found[gemv_rows] = measure(pool.coordinator.transfer, experts, residency.num_slots, compute)
     best = min(found, key=lambda rows: found[rows].compute_s(1))
     for layer in layers:
@@ -46,17 +46,16 @@ def rates_of(pool: Pool, layers: Sequence[HostLayer], device: torch.device) -> M
     return found[best]
 
 
-def _computing(pool: Pool, layer: HostLayer, example: int, device: torch.device) -> Callable[[int, int], None]:
-    """Computes an expert for so many tokens, up to its rows' way to the device."""
-    assert pool.host is not None
-    weights = pool.host.weights(example)
+def _computing(host: HostWeights, layer: HostLayer, example: int, device: torch.device) -> Callable[[int, int], None]:
+    """Computes an expert that is in host memory, as `example` is, for so many tokens, up to its rows' way to the
+    device."""
+    weights = host.weights(example)
     assert weights is not None
     up = weights["gate_up_proj" if layer.module.has_gate else "up_proj"]
     hidden = torch.randn(MANY_TOKENS, up.shape[0 if layer.module.is_transposed else 1]).to(up.dtype)
 
     def compute(expert: int, num_tokens: int) -> None:
-        assert pool.host is not None
-        weights = pool.host.weights(expert)
+        weights = host.weights(expert)
         assert weights is not None
         rows = layer.experts(hidden[:num_tokens], np.zeros((num_tokens, 1), np.int64))
         upload(rows.rows_of([HostArrival(0, weights)])[1], device)

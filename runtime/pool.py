@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from runtime.cache.miss import Resting
 from runtime.kernels import Arrival, HostArrival, Weights
 from runtime.predictors.base import Observation
 from runtime.readback import as_array
@@ -33,20 +34,11 @@ class ExpertPlaces(Protocol):
         """Where the tensors of an expert lie in its slot."""
 
 
-class HostWeights(Protocol):
-    """Where experts rest that can be computed there: `HostSlab`, `HostRows`."""
-
-    def has(self, expert: int) -> bool:
-        """Whether an expert is in host memory now."""
+class HostWeights(Resting, Protocol):
+    """Host memory that experts rest in: `HostSlab`, `HostRows`."""
 
     def weights(self, expert: int) -> Weights | None:
         """The tensors of an expert in host memory, as long as it is held; None: it is not there now."""
-
-    def hold(self, experts: Collection[int]) -> None:
-        """Keep experts that are there where they are until they are released."""
-
-    def release(self, experts: Collection[int]) -> None:
-        """Let them go."""
 
 
 class Slots(Protocol):
@@ -72,7 +64,7 @@ class Slots(Protocol):
 class Pool:
     """Slots, the store behind them and the coordinator that fills them, for layers of one expert shape.
 
-    `host`: computes what the coordinator leaves there; None where all is loaded.
+    `host`: has the weights of what the coordinator leaves there to be computed; None where all is loaded.
     """
 
     def __init__(
@@ -171,11 +163,9 @@ class OffloadedSource:
         layer: the layer's index in the pool. current: the running pass.
         router_input: what the layer's router was last given, for predictors; it need not be what the experts are given.
         substitution: changed the router's choice before it came here; predictors go by what it was.
+        host: computes what the pool leaves on the host; None: it leaves nothing.
         asks_ahead: what predictors want to know is read with the router's choice, as by a host that waits for each
             read; else it is computed when loads are under way.
-
-    Attributes:
-        host: computes what the pool leaves on the host; None: it leaves nothing.
     """
 
     def __init__(
@@ -185,11 +175,12 @@ class OffloadedSource:
         current: Callable[[], Pass],
         router_input: Callable[[], torch.Tensor | None] = lambda: None,
         substitution: Substitution | None = None,
+        host: HostLayer | None = None,
+        *,
         asks_ahead: bool = False,
     ) -> None:
         self._pool, self._layer, self._current, self._router_input = pool, layer, current, router_input
-        self.substitution, self._asks_ahead = substitution, asks_ahead
-        self.host: HostLayer | None = None
+        self.substitution, self.host, self._asks_ahead = substitution, host, asks_ahead
         self._base = layer * pool.store.num_experts
         self._hidden: torch.Tensor | None = None
 

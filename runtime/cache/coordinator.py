@@ -63,7 +63,6 @@ class Coordinator:
         self._stream = LayerStream(residency, transfer) if streams and not refreshes else None
         self.needed_loads = needed_loads
         self.misses: Misses | None = None
-        self._held: Collection[int] = ()  # where they rest, to be computed there
 
     def begin(self, passing: Pass) -> None:
         """A forward pass starts: what the predictor knows of it already is prefetched before its first layer."""
@@ -73,7 +72,10 @@ class Coordinator:
         self._prefetch.depth = self.governor.depth(passing.phase, passing.num_tokens, self._reading())
         self.predictor.begin(passing)
         if self._stream is not None:
-            self._stream.begin(passing.num_tokens, is_allowed=self._copies_misses(passing.num_tokens))
+            num_routes = passing.num_tokens * self.residency.top_k
+            self._stream.begin(
+                passing.num_tokens, is_allowed=self.misses is None or not self.misses.may_compute(num_routes)
+            )
         if self._prefetch.refreshes:
             self._prefetch.refresh()
             return
@@ -110,7 +112,8 @@ class Coordinator:
             if self.residency.foresees:  # what the layer chose says which victims are best; else loads do not wait
                 self._predict(layer, observation)
             plan = self._plan(layer, demand, tokens, num_tokens)
-            self._hold(plan.computed)
+            if self.misses is not None:
+                self.misses.hold(plan.computed)  # before loads, which might take its place
             self._act(plan)
             if not self.residency.foresees:
                 self._predict(layer, observation)
@@ -128,35 +131,14 @@ class Coordinator:
             raise
 
     def _plan(self, layer: int, demand: Sequence[int], tokens: Sequence[int], num_tokens: int) -> Plan:
-        """The first wave. A slot that is free is worth nothing: a miss fills it, whatever that takes."""
+        """The first wave."""
         if self.misses is None:
             return self.residency.plan(layer, demand, tokens, num_tokens)
         missing = {
             expert: count for expert, count in zip(demand, tokens, strict=True) if self.residency.slot_of(expert) < 0
         }
-        at_hand = {expert: count for expert, count in missing.items() if self.misses.is_at_hand(expert)}
-        most = len(missing) - len(at_hand) + self.misses.split.num_copies(list(at_hand.values()))
-        most = max(most, self.residency.num_free)
+        most, at_hand = self.misses.choose(missing, self.residency.num_free)
         return self.residency.plan(layer, demand, tokens, num_tokens, most_loads=most, at_hand=at_hand)
-
-    def _hold(self, experts: Collection[int]) -> None:
-        """Keep what will be computed where it rests; loads come before that."""
-        self._let_go()  # of a layer step that was broken off
-        if experts and self.misses is not None:
-            self.misses.hold(experts)
-            self._held = experts
-
-    def _let_go(self) -> None:
-        held, self._held = self._held, ()
-        if held and self.misses is not None:
-            self.misses.release(held)
-
-    def _copies_misses(self, num_tokens: int) -> bool:
-        """Whether a pass of so many tokens loads whatever it misses: computing none where it rests."""
-        if self.misses is None:
-            return True
-        num_experts = self.residency.num_experts
-        return not self.misses.split.may_compute(num_experts, num_tokens * self.residency.top_k / num_experts)
 
     def _land(self, experts: Sequence[int]) -> None:
         """Take note of the prefetches among `experts` that have arrived or failed since anyone looked; those that
@@ -231,8 +213,9 @@ class Coordinator:
         try:
             while ready or awaited or deferred or computed:
                 if computed and not ready:
+                    assert self.misses is not None
                     yield computed
-                    self._let_go()
+                    self.misses.let_go()
                     computed = ()
                     continue
                 if not ready:
@@ -286,7 +269,8 @@ class Coordinator:
         What has arrived since is given up, too: of a load that was never submitted nobody can tell.
         """
         self.residency.void_leases()
-        self._let_go()
+        if self.misses is not None:
+            self.misses.let_go()
         self.transfer.recover()
         with suppress(TransferError):  # the pass is lost already: no other one need hear of it
             self.transfer.submit(())

@@ -8,9 +8,9 @@ of the two ways end first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class MissRates(NamedTuple):
@@ -70,16 +70,54 @@ def _balance(count: int, copy_s: float, compute_s: float) -> int:
     return min(around, key=lambda q: (max(q * copy_s, (count - q) * compute_s), -q))
 
 
-class Misses(NamedTuple):
-    """What a coordinator goes by.
+class Resting(Protocol):
+    """Where experts rest that can be computed there."""
 
-    Attributes:
-        split: how many are copied.
-        is_at_hand: whether an expert can be computed where it rests now. Others are copied.
-        hold: keep experts that are at hand there, whatever is loaded meanwhile. release: they have been computed.
+    def has(self, expert: int) -> bool:
+        """Whether an expert is there now."""
+
+    def hold(self, experts: Collection[int]) -> None:
+        """Keep experts of one layer that are there until they are released, whatever is loaded meanwhile."""
+
+    def release(self, experts: Collection[int]) -> None:
+        """Let them go."""
+
+
+class Misses:
+    """What a coordinator asks about missing experts, and what keeps those that are computed where they rest.
+
+    Args:
+        split: how many are copied. host: where others are computed. num_experts: of a layer.
     """
 
-    split: MissSplit
-    is_at_hand: Callable[[int], bool]
-    hold: Callable[[Collection[int]], None]
-    release: Callable[[Collection[int]], None]
+    def __init__(self, split: MissSplit, host: Resting, num_experts: int) -> None:
+        self.split, self._host, self._num_experts = split, host, num_experts
+        self._held: Collection[int] = ()
+
+    def may_compute(self, num_routes: int) -> bool:
+        """Whether any would be computed of a layer step with so many (token, rank) pairs."""
+        return self.split.may_compute(self._num_experts, max(1.0, num_routes / self._num_experts))
+
+    def choose(self, missing: Mapping[int, int], num_free: int) -> tuple[int, Collection[int]]:
+        """How many of the missing experts to load at most, and which of them may be computed instead.
+
+        Args:
+            missing: how many tokens chose each. num_free: slots that are worth nothing as they are: misses fill them,
+                whatever that takes.
+        """
+        at_hand = {expert: count for expert, count in missing.items() if self._host.has(expert)}
+        num_copies = len(missing) - len(at_hand) + self.split.num_copies(list(at_hand.values()))
+        return max(num_copies, num_free), at_hand.keys()
+
+    def hold(self, experts: Collection[int]) -> None:
+        """Keep what will be computed until `let_go`, in place of what a layer step that was broken off has left."""
+        self.let_go()
+        if experts:
+            self._host.hold(experts)
+            self._held = experts
+
+    def let_go(self) -> None:
+        """What was held has been computed, or will not be."""
+        held, self._held = self._held, ()
+        if held:
+            self._host.release(held)

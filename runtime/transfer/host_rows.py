@@ -69,12 +69,13 @@ class HostRows:
         return {place.name: self.arena.view(row, place) for place in self.store.tensors(expert)}
 
     def hold(self, experts: Collection[int]) -> None:
-        """Keep experts that are in host memory there until they are released; they count as used."""
-        layers = {expert // self.num_experts for expert in experts}
-        for layer in layers:
-            own = [expert for expert in experts if expert // self.num_experts == layer]
-            plan = self.residency.plan(layer, own, [1] * len(own), 1)
-            assert len(plan.hits) == len(own), f"of {own} only {plan.hits} are in host memory"
+        """Keep experts of one layer that are in host memory there until they are released.
+
+        They count as used, by a turn of the layer of their own: what the same layer step loads comes as another one.
+        """
+        (layer,) = {expert // self.num_experts for expert in experts}
+        plan = self.residency.plan(layer, list(experts), [1] * len(experts), 1)
+        assert len(plan.hits) == len(experts), f"of {experts} only {plan.hits} are in host memory"
 
     def release(self, experts: Collection[int]) -> None:
         """Others may take their rows again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -127,12 +129,29 @@ def test_the_slots_go_to_those_most_worth_keeping() -> None:
     assert [load.expert for load in by_tokens.loads] == [1], "between equals the one that more tokens chose"
 
 
-def _coordinator(split: MissSplit, far: set[int]) -> Coordinator:
+class _Host:
+    """Has all experts but those `far` from it."""
+
+    def __init__(self, far: Collection[int] = ()) -> None:
+        self._far, self.held = far, set[int]()
+
+    def has(self, expert: int) -> bool:
+        return expert not in self._far
+
+    def hold(self, experts: Collection[int]) -> None:
+        assert not self.held & set(experts)
+        self.held |= set(experts)
+
+    def release(self, experts: Collection[int]) -> None:
+        assert self.held >= set(experts)
+        self.held -= set(experts)
+
+
+def _coordinator(split: MissSplit, host: _Host | None = None) -> Coordinator:
     residency = Residency(LAYERS, EXPERTS, 2, 2, "lru")
     transfer = SimulatedTransfer(load_s=1.0)
     made = Coordinator(residency, transfer, NoPredictor(), governor=Governor(0), prefetch_count=1)
-    held: set[int] = set()
-    made.misses = Misses(split, lambda expert: expert not in far, held.update, held.difference_update)
+    made.misses = Misses(split, host or _Host(), EXPERTS)
     return made
 
 
@@ -142,7 +161,7 @@ def _serve(coordinator: Coordinator, experts: list[int]) -> list[tuple[int, ...]
 
 
 def test_computed_ones_come_after_hits_and_before_arrivals() -> None:
-    coordinator = _coordinator(MissSplit(MissRates(1.0, 1.0, 0.0), 0.5), far=set())
+    coordinator = _coordinator(MissSplit(MissRates(1.0, 1.0, 0.0), 0.5))
     assert _serve(coordinator, [0, 1]) == [(0,), (1,)], "free slots are filled, whatever the share"
     assert _serve(coordinator, [1, 2, 3]) == [(1,), (3,), (2,)]
     assert coordinator.transfer.stats().num_loads == 3
@@ -153,7 +172,7 @@ def test_computed_ones_come_after_hits_and_before_arrivals() -> None:
 
 
 def test_what_is_not_at_hand_is_copied() -> None:
-    coordinator = _coordinator(MissSplit(MissRates(1.0, 1.0, 0.0), 1.0), far={4, 5, 6})
+    coordinator = _coordinator(MissSplit(MissRates(1.0, 1.0, 0.0), 1.0), _Host(far={4, 5, 6}))
     _serve(coordinator, [0, 1])
     assert _serve(coordinator, [2, 3, 4]) == [(2, 3), (4,)]
     assert sorted(expert for group in _serve(coordinator, [0, 4, 5, 6, 7]) for expert in group) == [0, 4, 5, 6, 7]
@@ -161,7 +180,7 @@ def test_what_is_not_at_hand_is_copied() -> None:
 
 
 def test_an_expert_may_be_prefetched_while_it_is_computed() -> None:
-    coordinator = _coordinator(MissSplit(MissRates(1.0, 1.0, 0.0), 1.0), far=set())
+    coordinator = _coordinator(MissSplit(MissRates(1.0, 1.0, 0.0), 1.0))
     residency = coordinator.residency
     _serve(coordinator, [0, 1])
     observation = Observation(Pass(Phase.DECODE, 1, 0), np.zeros((1, 2), np.int64))
@@ -176,3 +195,20 @@ def test_an_expert_may_be_prefetched_while_it_is_computed() -> None:
     counts = residency.counts()
     assert (counts[Count.COMPUTED], counts[Count.PREFETCH_USED], counts[Count.IN_FLIGHT]) == (2, 1, 1)
     residency.check_integrity()
+
+
+def test_what_is_computed_is_held_until_it_has_been_or_will_not_be() -> None:
+    host = _Host()
+    coordinator = _coordinator(MissSplit(MissRates(1.0, 1.0, 0.0), 1.0), host)
+    _serve(coordinator, [0, 1])
+    observation = Observation(Pass(Phase.DECODE, 1, 0), np.zeros((1, 2), np.int64))
+    groups = coordinator.serve(0, [2, 3], [1, 1], observation)
+    assert tuple(next(groups)) == (2, 3) and host.held == {2, 3}
+    assert list(groups) == [] and not host.held
+    for give_up in (coordinator.recover, lambda: _serve(coordinator, [6, 7])):
+        broken_off = coordinator.serve(0, [4, 5], [1, 1], observation)
+        next(broken_off)
+        broken_off.close()
+        assert host.held == {4, 5}
+        give_up()
+        assert not host.held
