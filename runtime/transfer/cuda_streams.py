@@ -47,7 +47,7 @@ class CudaStreams:
         num_streams: 1: demand and prefetch share one; 2: each has its own.
 
     Attributes:
-        pinned_bytes: of the mapping, from its start. notes: what was refused.
+        notes: what was refused.
     """
 
     def __init__(self, source: HostSource, slots: DeviceSlots, num_streams: int = 2) -> None:
@@ -62,7 +62,7 @@ class CudaStreams:
             prefetch = torch.cuda.Stream(self._device, priority=_LOW) if num_streams > 1 else demand
             self._streams = (demand, prefetch)
         self._pinned: list[int] = []  # addresses of ranges, each of whole rows
-        self.pinned_bytes, self.notes = self._pin()
+        self.notes = self._pin()
         self._handles = tuple(stream.cuda_stream for stream in self._streams)
 
     def new_event(self) -> torch.cuda.Event:
@@ -100,7 +100,6 @@ class CudaStreams:
         with contextlib.suppress(RuntimeError):  # a GPU that was lost
             for stream in self._streams:
                 stream.synchronize()
-        self.pinned_bytes = 0
         while self._pinned:
             with contextlib.suppress(RuntimeError):
                 self._driver.unpin(self._pinned.pop())
@@ -108,7 +107,8 @@ class CudaStreams:
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
         return self._driver.stream if lane is Lane.COMPUTE else self._streams[lane]
 
-    def _pin(self) -> tuple[int, list[str]]:
+    def _pin(self) -> list[str]:
+        """Pin what is to be pinned, as far as the driver lets that be; a note where that is not all."""
         wanted_bytes, row_bytes = self._source.pinned_bytes, self._source.arena.slot_bytes
         if wanted_bytes:
             self._source.arena.keep_from_children()
@@ -123,8 +123,8 @@ class CudaStreams:
                 num_bytes = num_bytes // row_bytes // 2 * row_bytes  # no copy reads of two ranges
             num_bytes = min(num_bytes, wanted_bytes - end)
         if not refusal:
-            return end, []
-        return end, [
+            return []
+        return [
             f"only {machine.format_bytes(end)} of {machine.format_bytes(wanted_bytes)} of host memory could be pinned "
             f"({refusal}): experts in the rest are copied more slowly; free memory, or set tiers.host_bytes to less, "
             "which leaves the rest of the experts on disk"

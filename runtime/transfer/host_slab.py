@@ -47,7 +47,7 @@ class HostSlab:
         self.slot_bytes = align(self.num_bytes, PAGE_BYTES)
         self.pinned_bytes = (len(self._rows) if num_pinned is None else num_pinned) * self.slot_bytes
         self.arena = SlotArena(len(self._rows), self.slot_bytes)
-        self.is_placed = node is None or numa.prefer(self.arena.address(0), self.total_bytes, node)
+        self.is_placed = node is None or numa.prefer(self.arena.address(0), len(self._rows) * self.slot_bytes, node)
         self._fill(store, io_threads)
 
     @classmethod
@@ -60,11 +60,6 @@ class HostSlab:
         slab.arena = SlotArena(num_experts, slab.slot_bytes)
         torch.frombuffer(slab.arena.memory, dtype=torch.uint8).zero_()  # else every page is the kernel's page of zeros
         return slab
-
-    @property
-    def total_bytes(self) -> int:
-        """Of the mapping."""
-        return self.arena.num_slots * self.slot_bytes
 
     def start(self, expert: int) -> int:
         """The byte of the mapping at which an expert starts."""

@@ -20,7 +20,7 @@ def test_a_slab_holds_every_expert_as_its_file_does(tmp_path: Path) -> None:
     for expert in store.experts:
         start = slab.start(expert)
         assert bytes(slab.arena.memory[start : start + slab.num_bytes]) == file_bytes_of(store, expert)
-    assert slab.total_bytes == 12 * slab.slot_bytes and slab.slot_bytes == 8192
+    assert slab.arena.num_slots == 12 and slab.arena.slot_bytes == slab.slot_bytes == 8192
 
 
 def test_what_is_pinned_of_a_slab_is_whole_experts_from_the_first(tmp_path: Path) -> None:
