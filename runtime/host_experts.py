@@ -66,8 +66,8 @@ class HostExperts(GemvKernel):
         module: Any,
         hidden: torch.Tensor,
         choice: npt.NDArray[np.int64],
-        compute: torch.dtype | None = None,
-        gemv_rows: int = FEW_ROWS,
+        compute: torch.dtype | None,
+        gemv_rows: int,
     ) -> None:
         super().__init__(module, hidden, torch.from_numpy(choice), hidden.new_empty(0), (), choice)
         self._compute, self._gemv_rows = compute, gemv_rows

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from runtime.transfer.layout import ExpertLayer
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
-_TENSOR_ALIGNMENT_BYTES = 256
 CPU_KERNEL = "gemv"
 """That does not run on a GPU."""
 _ARENA_BYTES = 256 << 20
@@ -189,6 +188,7 @@ def _experts(layer: ExpertLayer, num_experts: int, device: torch.device) -> list
     import torch
 
     from runtime.transfer.device_slots import DeviceSlots
+    from runtime.transfer.host_slab import ALIGNMENT_BYTES
     from runtime.transfer.layout import align
     from runtime.transfer.slots import SlotArena, TensorPlace
 
@@ -199,7 +199,7 @@ def _experts(layer: ExpertLayer, num_experts: int, device: torch.device) -> list
     places, offset = list[TensorPlace](), 0
     for parameter in layer.parameters:
         places.append(TensorPlace(parameter.name, offset, parameter.shape, parameter.dtype))
-        offset = align(offset + parameter.num_bytes, _TENSOR_ALIGNMENT_BYTES)
+        offset = align(offset + parameter.num_bytes, ALIGNMENT_BYTES)
     experts = [{place.name: arena.view(slot, place) for place in places} for slot in range(num_slots)]
     generator = torch.Generator().manual_seed(0)
     for name, tensor in experts[0].items():

@@ -43,7 +43,8 @@ def compare(
     import runtime
     from harness.demo.widen import bundled_model
 
-    model, request = bundled_model(), _request()
+    model = bundled_model()
+    request = _request(model)
     for prefill, decode in kernels:
         own = {"compute.prefill": prefill, "compute.decode": decode}
         with runtime.load_reference(model, device=device, overrides=own) as reference:
@@ -55,12 +56,11 @@ def compare(
             yield {"overrides": {**own, **cache}, **counts, **_difference(runs, expected)}
 
 
-def _request() -> TokenRequest:
-    from harness.demo.widen import bundled_model
+def _request(model: Path) -> TokenRequest:
     from harness.measure.workload import cut, load_workload
     from runtime.model import read_tokenizer
 
-    tokenizer = read_tokenizer(str(bundled_model()))
+    tokenizer = read_tokenizer(str(model))
     (request,) = cut(
         load_workload(),
         tokenizer,

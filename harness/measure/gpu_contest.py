@@ -84,7 +84,7 @@ class GpuContest:
         *,
         end_s: float,
         on_entry: Callable[[str], None],
-        on_profile: Callable[[str, str], None] | None = None,
+        on_profile: Callable[[str, str], None],
         profiled: Sequence[str] = (),
         start: Start | None = None,
         clock: Clock = time.perf_counter,
@@ -94,7 +94,7 @@ class GpuContest:
         self._facts = replace(facts, slot_bytes=facts.expert_bytes)
         self._end_s, self._clock, self._start = end_s, clock, start or _start
         self._on_entry, self._on_profile, self._profiled = on_entry, on_profile, profiled
-        self._stack, self._running = ExitStack(), dict[str, tuple[ExitStack, _Timed]]()
+        self._running = dict[str, tuple[ExitStack, _Timed]]()
         self._samples = list[JsonDict]()
         self._demands = dict[int, list[list[int]]]()
         self.systems: dict[str, JsonDict] = {}
@@ -285,7 +285,7 @@ class GpuContest:
 
     def _profile(self, name: str, process: _Timed, found: JsonDict) -> None:
         """Where it was asked for; a profiler that does not run here costs nothing else."""
-        if name not in self._profiled or self._on_profile is None:
+        if name not in self._profiled:
             return
         try:
             answer = process.ask("profile", timeout_s=_PROFILE_S, **_ids(self._workload.requests[1]))

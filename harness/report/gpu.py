@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.measure.gpu_figures import RATIO_HOW, USUAL
+from harness.measure.gpu_figures import NOT_TAKEN, RATIO_HOW, USUAL
 from runtime.errors import UsageError
 from runtime.machine import format_bytes
 
 JsonDict = dict[str, Any]
 
-NOT_TAKEN = "not taken"
 _CHECK = "check.json"
 
 
