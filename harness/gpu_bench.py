@@ -125,16 +125,23 @@ def _run(options: argparse.Namespace) -> int:
         print(markdown(options.table, list(SHAPES)))
         return 0
 
-    from harness.measure.gpu_contest import GpuContest
-    from harness.measure.gpu_runs import GpuWorkload
-    from harness.report.gpu import goal_lines, system_line
     from runtime.devices import find_device, is_gpu
-    from runtime.facts import describe
     from runtime.profile import Profile
 
     device = named_device(options) or "cuda:0"
     if not is_gpu(find_device(device, Profile.default())):
         raise UsageError(f"--device {device}: this compares systems on a GPU; name cuda or cuda:N")
+    return _compare(options, device, started)
+
+
+def _compare(options: argparse.Namespace, device: str, started: float) -> int:
+    """Measure the systems and say what was met, by `options.budget_s` after `started` (`time.perf_counter`); the exit
+    code."""
+    from harness.measure.gpu_contest import GpuContest
+    from harness.measure.gpu_runs import GpuWorkload
+    from harness.report.gpu import goal_lines, system_line
+    from runtime.facts import describe
+
     checkpoint = _checkpoint(options.shape)
     facts = describe(checkpoint)
     wanted = _wanted(options, facts.top_k)

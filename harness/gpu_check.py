@@ -125,6 +125,8 @@ def run_steps(together: Sequence[Step], logs: Path, python: str = sys.executable
 
 
 class _Running(NamedTuple):
+    """The process of a step, and when it began (`time.perf_counter`)."""
+
     step: Step
     process: subprocess.Popen[bytes]
     began: float
@@ -271,8 +273,8 @@ def _lines(found: dict[str, Any], log: Path, printed: int) -> Iterator[str]:
         for one in summary["failed"][:_MOST_PRINTED]:
             yield f"    {one['name'].rpartition('::')[2]}: {one['why'][:160]}"
         return
-    has_failed = found["status"] == "failed"
-    for line in _said(log, max(printed, _SAID_CHARS * has_failed)).splitlines():
+    most = max(printed, _SAID_CHARS) if found["status"] == "failed" else printed
+    for line in _said(log, most).splitlines():
         yield f"    {line}"
 
 

@@ -109,7 +109,7 @@ class LayerRunner:
         kernel = self.kernel()(self.module, hidden, index, weights, experts, choice)
         kernel.host = self.host
         if host_hidden:
-            (kernel.host_hidden,) = host_hidden
+            kernel.host_hidden = host_hidden[0]
         if experts:
             # Closed at once when computing fails: whoever keeps the error would keep the leases with it.
             with closing(self.source.serve(experts, tokens, choice, answers[len(logits) :])) as groups:

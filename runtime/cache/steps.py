@@ -354,11 +354,11 @@ def _choose_loads(state, policy, layer, demand, tokens, most_loads, kinds):  # t
     num_loads = 0
     for i in range(demand.size):
         num_loads += kinds[i] == 0
-        state.counts[11] += kinds[i] == 4
+        state.counts[11] += kinds[i] == COMPUTED
     while num_loads < most_loads:
         best, value = -1, -np.inf
         for i in range(demand.size):
-            if kinds[i] == 4:
+            if kinds[i] == COMPUTED:
                 own = _score_of(state, policy, layer, demand[i])
                 if best < 0 or own > value or (own == value and tokens[i] > tokens[best]):
                     best, value = i, own
@@ -386,7 +386,7 @@ def plan_wave(  # type: ignore[no-untyped-def]
     state.layers[layer].is_stale = True
     for i in range(demand.size):  # lease what is here before any victim is chosen
         expert = demand[i]
-        may_compute = most_loads >= 0 and kinds[i] == 4
+        may_compute = most_loads >= 0 and kinds[i] == COMPUTED
         slots[i] = state.experts[expert].slot_of
         kinds[i] = 0 if slots[i] < 0 else (2 if state.experts[expert].ready else 1)
         if slots[i] >= 0:
@@ -395,7 +395,7 @@ def plan_wave(  # type: ignore[no-untyped-def]
             state.counts[0] += 1
             state.counts[1 + 2 - kinds[i]] += 1
         if may_compute and slots[i] < 0:
-            kinds[i] = 4
+            kinds[i] = COMPUTED
     if most_loads >= 0:
         _choose_loads(state, policy, layer, demand, tokens, most_loads, kinds)
     for i in range(demand.size):
@@ -403,7 +403,7 @@ def plan_wave(  # type: ignore[no-untyped-def]
             continue
         slot = _victim(state, policy, layer, -1)
         if slot < 0:
-            kinds[i] = 3
+            kinds[i] = DEFERRED
             continue
         _assign(state, demand[i], slot)
         state.experts[demand[i]].leases += 1

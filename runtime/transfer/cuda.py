@@ -117,7 +117,7 @@ class CudaTransfer(Transfer):
     Args:
         streams: the device. num_slots: that it has.
         describe: names an expert for messages.
-        piece_bytes: a prefetch can be overtaken after so many bytes.
+        piece_bytes: a prefetch can be overtaken after so many bytes; each piece costs the host a copy and its events.
         window_bytes: while so much is under way no prefetch is enqueued. Enough to keep the link busy from one call of
             this object to the next.
     """
@@ -314,7 +314,7 @@ class CudaTransfer(Transfer):
             for flight in flights:
                 self._streams.wait(flight.end, Lane.COMPUTE)
         except RuntimeError as error:
-            raise TransferError(f"{self._describe(load.expert)} (number {load.expert}): {_line(error)}") from error
+            raise TransferError(self._what_failed(load, _line(error))) from error
         self._awaited.add(load)
         return load.expert
 
@@ -323,8 +323,8 @@ class CudaTransfer(Transfer):
         if error:
             raise TransferError(f"{error}; what was computed with it may be wrong")
 
-    def _what_failed(self, load: QueuedLoad) -> str:
-        return f"{self._describe(load.expert)} (number {load.expert}): {load.error}"
+    def _what_failed(self, load: QueuedLoad, why: str) -> str:
+        return f"{self._describe(load.expert)} (number {load.expert}): {why}"
 
     def _settle(self, load: QueuedLoad) -> None:
         """Wait for the pieces of a load of which another one was refused: it has failed once they have ended."""
@@ -417,7 +417,7 @@ class CudaTransfer(Transfer):
         if load in self._awaited:
             self._awaited.remove(load)
             if load.error:
-                self._late_error = self._what_failed(load)
+                self._late_error = self._what_failed(load, load.error)
 
     def _clock(self, flight: _Flight) -> None:
         """Add the time of a copy, less what one that ended before it covers, and that in which it was waited for."""

@@ -24,12 +24,13 @@ from runtime.vocabulary import Load, LoadReason
 
 @dataclass(eq=False, slots=True)
 class _Climb:
-    """A load on its way.
+    """A load on its way, in up to four stages: it waits for a row, for the read that fills the row (where one does, it
+    is in `TieredTransfer._reads`), for its turn among the copies into its slot, and for its own copy to end.
 
     Attributes:
-        is_new: no row was looked for so far.
-        has_row: it leases the row of its expert.
-        copy: out of that row; None: not handed over.
+        is_new: no row was looked for so far: the host's policy has not heard of it.
+        has_row: it leases the row of its expert, which holds that expert unless it is being read.
+        copy: out of that row; None: not handed over to the copies.
     """
 
     load: QueuedLoad
@@ -325,7 +326,7 @@ class TieredTransfer(Transfer):
     def _take_back(self, climb: _Climb) -> bool:
         """Undo what was done for a load and free its row, if nothing of it has begun; whether that is so."""
         if climb.load.state is not LoadState.QUEUED or not self._undo(climb):
-            self._queue.take_rest(climb.load)
+            self._queue.take_rest(climb.load)  # it has begun: whoever drops what is queued is to leave it
             return False
         had_row, climb.has_row, climb.copy = climb.has_row, False, None
         if had_row and climb.expert in self._reads:
