@@ -25,10 +25,9 @@ def find_device(wanted: str | torch.device | None, profile: Profile) -> torch.de
     """
     if wanted is not None:
         return _named(str(wanted))
-    tuned_on = profile.match.device if profile.match is not None else None
-    if tuned_on is None or not tuned_on.startswith("cuda") or not _num_gpus():
+    if profile.gpu is None or not _num_gpus():
         return CPU
-    alike = [index for index in range(torch.cuda.device_count()) if _name(index) == tuned_on]
+    alike = [index for index in range(torch.cuda.device_count()) if _name(index) == profile.gpu]
     return torch.device("cuda", alike[0] if alike else 0)
 
 

@@ -49,8 +49,8 @@ class Promise:
         evidence, objectives = profile.evidence, profile.objectives
         told = None if evidence is None else evidence.ratio
         ratio = None if told is None else Ratio(told.estimate, told.low, told.high, (evidence and evidence.pairs) or 0)
-        on_gpu = profile.match is not None and (profile.match.device or "").startswith("cuda")
-        return cls(ratio, None if objectives is None else objectives.peak_memory_bytes, on_gpu)
+        peak_bytes = None if objectives is None else objectives.peak_memory_bytes
+        return cls(ratio, peak_bytes, on_gpu=profile.gpu is not None)
 
     def peak_text(self, num_bytes: int) -> str:
         """A peak of that memory, for people."""
@@ -210,10 +210,11 @@ def _sizes(profile: Profile) -> tuple[Sizes, tuple[str, ...]]:
 
 def _is_elsewhere(profile: Profile, here: str) -> str:
     """Why a profile that was tuned on a GPU cannot be judged `here`; "" where it can."""
-    tuned_on = None if profile.match is None else profile.match.device
-    if tuned_on is None or not tuned_on.startswith("cuda") or tuned_on == here:
+    if profile.gpu in (None, here):
         return ""
-    return f"it was tuned on {tuned_on}, and here is {here}; --gpu N holds another GPU against the promise all the same"
+    return (
+        f"it was tuned on {profile.gpu}, and here is {here}; --gpu N holds another GPU against the promise all the same"
+    )
 
 
 def _matched(profile: Profile, facts: ModelFacts, device: torch.device) -> tuple[str, ...]:

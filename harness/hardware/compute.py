@@ -133,7 +133,6 @@ class _Steps:
         import torch
 
         self._device = device
-
         layer, module = loaded.layers[0], loaded.modules[0]
         # A norm behind the experts has weights, which are on the meta device here.
         self._module = copy.deepcopy(module).to_empty(device=device)

@@ -121,7 +121,7 @@ class RunFile(_Part):
     @property
     def memory(self) -> str:
         """Which memory the limit and the peaks are of, for people."""
-        return "GPU memory" if (self.match.device or "").startswith("cuda") else "memory"
+        return "memory" if self.match.gpu is None else "GPU memory"
 
     def point(self, params: Params | None) -> Point | None:
         """The configuration that ran with `params`, if any did."""

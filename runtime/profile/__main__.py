@@ -93,8 +93,7 @@ def _explain(options: argparse.Namespace) -> int:
 def _facts(device: str | None, one: Candidate | None = None) -> MachineFacts:
     """Of the device that is named, else the one that the profile runs on, as `runtime.load` chooses it."""
     profile = Profile.default() if one is None or one.profile is None else one.profile
-    is_for_gpu = profile.match is not None and (profile.match.device or "").startswith("cuda")
-    if device is None and not (one is not None and one.place == NAMED and is_for_gpu):
+    if device is None and not (one is not None and one.place == NAMED and profile.gpu is not None):
         return machine_facts()
     from runtime.devices import device_facts, find_device  # torch: only where there may be a GPU
 

@@ -45,6 +45,11 @@ class Match(Section):
     model: ModelIdentity | None = None
     """The model that was tuned."""
 
+    @property
+    def gpu(self) -> str | None:
+        """The GPU that it was tuned on, as cuda:NAME; None: it was none, or the profile does not say."""
+        return self.device if self.device is not None and self.device.startswith("cuda") else None
+
 
 class Workload(Section):
     """What the profile was tuned on."""

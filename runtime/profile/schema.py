@@ -123,6 +123,11 @@ class Profile(Section):
         return all(getattr(self, name) == getattr(Profile.default(), name) for name in CONFIGURATION)
 
     @property
+    def gpu(self) -> str | None:
+        """See `Match.gpu`."""
+        return None if self.match is None else self.match.gpu
+
+    @property
     def max_memory_bytes(self) -> int | None:
         """The limit that its user asked for; None: none but what is free."""
         return None if self.limits is None else self.limits.max_memory_bytes
