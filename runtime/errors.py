@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import signal
 import sys
 from collections.abc import Callable
 
@@ -67,6 +69,8 @@ def cli_main(run: Callable[[], int | None]) -> int:
         print(f"error: {one_line(str(error).partition(chr(10))[0].partition('. ')[0])}; {way_out}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        # One more Ctrl-C is not to break off, or to be the exit code of, what libraries tear down, torch for a second.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         print("interrupted", file=sys.stderr)
         return 130
 

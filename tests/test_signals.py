@@ -73,6 +73,26 @@ def test_a_signal_that_comes_twice_at_once_counts_once() -> None:
         assert stop.signal is signal.SIGINT
 
 
+def test_ctrl_c_again_while_a_command_is_torn_down_changes_nothing() -> None:
+    """What is registered before the command runs, as libraries do, is torn down after it."""
+    code = """
+import atexit, os, signal, sys
+from runtime.errors import cli_main
+
+def tear_down():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("torn down")
+
+def run():
+    raise KeyboardInterrupt
+
+atexit.register(tear_down)
+sys.exit(cli_main(run))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "torn down\n", "interrupted\n")
+
+
 def test_another_thread_cannot_listen_and_goes_on() -> None:
     entered: list[bool] = []
 
