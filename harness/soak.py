@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     if options.requests < LEAST_REQUESTS:
-        raise UsageError(f"--requests {options.requests}: fewer than {LEAST_REQUESTS} say nothing about growth")
+        raise UsageError(f"--requests {options.requests}: fewer than {LEAST_REQUESTS} say nothing about memory")
     check_writable("--out", options.out)
     check_writable("--csv", options.csv)
 
@@ -107,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.soak", description=__doc__)
     parser.add_argument("--profile", type=Path, help="whose promise (limits.max_memory_bytes) is tested")
     parser.add_argument("--model", help="checkpoint folder or hub id; default: the profile's, else the bundled demo")
-    parser.add_argument("--requests", type=int, default=1000, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--requests", type=int, default=1000, metavar="N", help="(%(default)s); growth is judged from 400 on"
+    )
     parser.add_argument("--max-memory", metavar="SIZE", help="the promise; default: the profile's, else what is needed")
     parser.add_argument("--prompt-tokens", default="4-96", metavar="A-B", help="lengths of prompts (%(default)s)")
     parser.add_argument("--output-tokens", default="1-8", metavar="A-B", help="lengths of answers (%(default)s)")
