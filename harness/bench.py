@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.errors import UsageError, cli_main
+from runtime.files import check_writable
 
 CONTENDERS = ("ours", "resident", "accelerate_experts", "accelerate_layers", "on_demand")
 OTHERS = ("lru", "lru_prefetch")
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
+    check_writable("--out", None if options.memory_check else options.out / "samples.json")
     for name in options.contenders.split(","):
         if name not in (*CONTENDERS, *OTHERS):
             raise UsageError(f"unknown contender {name!r}; known: {', '.join((*CONTENDERS, *OTHERS))}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,8 @@ from runtime.facts import describe
 from runtime.files import check_writable
 from runtime.generate import main
 from runtime.profile import Profile, save_profile
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,28 @@ def test_a_file_that_cannot_be_written_is_refused_before_work(tmp_path: Path) ->
     check_writable("--out", tmp_path / "new" / "t.npz")
     check_writable("--out", None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("bench", []),
+        ("batching", ["equality"]),
+        ("demo", ["--expert-bytes", "1MiB"]),
+        ("fit", ["sequence", "--trace", str(Path(__file__).parent / "data" / "demo-routing.npz")]),
+    ],
+)
+def test_a_command_refuses_what_it_cannot_write_before_it_works(command: str, arguments: list[str]) -> None:
+    words = [sys.executable, "-m", f"harness.{command}", *arguments, "--out", "/proc/x.safetensors"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "cannot be written (No such file or directory); name a file in a folder that can" in done.stderr
+
+
+def test_a_prompt_longer_than_the_context(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As one of --prompts: what is beyond the positions that the model knows means nothing."""
+    said = _refused(capsys, "--model", str(checkpoint), "--max-new-tokens", "1000000")
+    assert "and 1000000 new ones, more than the" in said and "of the model's context; shorten it" in said
 
 
 def test_a_hub_id_that_cannot_be_had_says_why(

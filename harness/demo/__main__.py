@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.demo import DEFAULT_SHARD_BYTES, LAYOUTS
 from runtime.errors import UsageError, cli_main
+from runtime.files import check_writable
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -59,6 +60,8 @@ def _write(options: argparse.Namespace) -> Path:
 def run(arguments: list[str] | None = None) -> int:
     """Widen, then print the folder and its true sizes."""
     options = _parser().parse_args(arguments)
+    if options.out is not None and not options.out.exists():
+        check_writable("--out", options.out)
     # Imported late: --help and mistakes in the arguments answer at once.
     from harness.demo.checkpoint import Checkpoint
 
