@@ -155,7 +155,7 @@ def bench(setup: Setup, options: argparse.Namespace) -> int:
             found = _measure(setup, contest, limit, requests[1:], out)
         except KeyboardInterrupt:
             print(f"interrupted: {out.kept()}", file=sys.stderr)
-            return 130
+            raise
     summary = {"limit": limit.name, "limit_bytes": limit.total_bytes, **report.summary(found.rows, found.ladder)}
     out.save(found.rows, summary)
     if not options.json:
