@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runtime.errors import UsageError, cli_main
+from runtime.files import check_writable
 
 COUNTS = ("blocks", "requests", "tokens", "prompt_tokens", "threads", "max_tokens")
 
@@ -102,6 +103,7 @@ def _run(argv: Sequence[str] | None) -> int:
         least = 2 if name == "tokens" else 1
         if isinstance(value, int) and value < least:
             raise UsageError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
+    check_writable("--out", options.out / "samples.json")
     # A terminated measurement cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return _command(options.what)(options)

@@ -153,11 +153,13 @@ def _series(options: argparse.Namespace) -> Report:
 def _paired(options: argparse.Namespace) -> Report:
     asked = None if options.margin is None else _share(options.margin)
     check_writable("--benchmark-json", options.benchmark_json)
-    from harness.checks.decision import MARGIN, NUM_PAIRS
+    from harness.checks.decision import MARGIN, MIN_PAIRS, NUM_PAIRS
     from harness.checks.paired import check_paired
 
     margin = MARGIN if asked is None else asked
     num_pairs = NUM_PAIRS if options.pairs is None else options.pairs
+    if num_pairs < MIN_PAIRS:
+        raise UsageError(f"--pairs {num_pairs}: at least {MIN_PAIRS} are needed to decide")
     with _progress(None) as tell:
         report = check_paired(
             options.base, num_pairs=num_pairs, margin=margin, is_aa=options.aa, on_block=tell, only=options.only

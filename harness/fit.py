@@ -17,6 +17,7 @@ import pandas as pd
 
 from harness.fitting.base import Fit, FitOptions, FitResult, joined, routing_shape
 from runtime.errors import UsageError, cli_main
+from runtime.files import check_writable
 from runtime.predictors.artifact import RoutingShape, check_target, write_artifact
 from runtime.predictors.periodic import SENSITIVITY
 from runtime.trace import read_trace
@@ -43,6 +44,7 @@ def _run(arguments: argparse.Namespace) -> None:
     options = _options(arguments)
     trace = joined([read_trace(path) for path in arguments.trace])
     check_target(arguments.out, arguments.kind, routing_shape(trace))
+    check_writable("--out", arguments.out)
     measured = _sensitivity(arguments, routing_shape(trace), options)
     fit = cast(Fit, import_module(KINDS[arguments.kind]).fit)
     result = fit(trace, options, quiet=not sys.stderr.isatty())

@@ -157,11 +157,14 @@ def _about(parts: Parts) -> dict[str, Any]:
 def _heading(parts: Parts, arguments: argparse.Namespace) -> str:
     judged = parts.judged
     num_judged, num_past = (np.unique(part.request).size for part in (judged, parts.past))
+    batches = f"batches of {arguments.batch}"
+    if num_judged < arguments.batch:
+        batches = f"no batch figures: {num_judged} requests make no batch of {arguments.batch} (--batch)"
     return (
         f"judged on {judged.num_tokens} tokens of {num_judged} requests: {parts.reason}\n"
         f"popularity from {parts.past.num_tokens} tokens of {num_past} other requests\n"
         f"{judged.num_layers} layers x {judged.num_experts} experts, top-{judged.top_k}; "
-        f"forecast {arguments.depth} layers ahead; batches of {arguments.batch}\n"
+        f"forecast {arguments.depth} layers ahead; {batches}\n"
     )
 
 

@@ -31,6 +31,7 @@ from runtime.predictors.params import default_period
 from runtime.trace import RoutingTrace, read_trace
 
 ALL_POLICIES = (*POLICIES, ORACLE)
+DEFAULT_POLICIES = f"lru,next_use,td_next_use,{ORACLE}"
 DEFAULT_SLOTS = "15%,25%,45%"
 _HOST_POLICIES = "lru,lfu,lfru,next_use,td_next_use"
 ASSUMED_EXPERT_BYTES = 6 << 20  # where the trace does not say
@@ -115,7 +116,11 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace, trace: RoutingTrace) -> list[Setting]:
-    policies = _policies("--policy", arguments.policy, ALL_POLICIES)
+    policies = _policies("--policy", arguments.policy or DEFAULT_POLICIES, ALL_POLICIES)
+    if (arguments.streams or arguments.host_slots) and arguments.policy in (None, "all"):
+        policies.remove(ORACLE)  # which loads on demand from one tier
+    if arguments.streams and ORACLE in policies:
+        raise UsageError(f"{ORACLE} loads on demand only, and nothing streams with it: leave it out of --policy")
     predictors = arguments.predictor.split(",")
     if unknown := [name for name in predictors if name not in PREDICTORS]:
         raise UsageError(f"no predictor {unknown[0]!r} that replays a trace; there are {', '.join(PREDICTORS)}")
@@ -206,7 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.simulate", description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, required=True, help="a routing trace (.npz)")
     parser.add_argument(
-        "--policy", default="lru,next_use,td_next_use,belady", help=f"of {', '.join(ALL_POLICIES)}; or all"
+        "--policy",
+        help=f"of {', '.join(ALL_POLICIES)}; or all (default {DEFAULT_POLICIES}; {ORACLE} where it can be)",
     )
     parser.add_argument("--slots", default=DEFAULT_SLOTS, help="counts or shares of all experts (%(default)s)")
     parser.add_argument("--host-slots", help="experts that host memory has room for, below these slots; default: all")

@@ -12,17 +12,15 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from harness.demo.widen import bundled_model
-from harness.measure.provenance import provenance
-from harness.measure.soak import Soak, run_soak
 from runtime import machine
 from runtime.errors import UsageError, cli_main
-from runtime.facts import RESIDENT_FACTOR, describe
 from runtime.files import check_writable, write_named
 from runtime.profile import checkpoint_of, load_profile, parse_overrides
+
+if TYPE_CHECKING:
+    from harness.measure.soak import Soak
 
 NUM_SAMPLES = 40
 LEAST_REQUESTS = 40
@@ -36,9 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    _check(options)
+    # Imported late: --help and mistakes in the arguments answer at once.
+    from tqdm import tqdm
+
+    from harness.measure.provenance import provenance
+    from harness.measure.soak import run_soak
+
     soak = _soak(options)
-    check_writable("--out", options.out)
-    check_writable("--csv", options.csv)
     compare = _fits_resident(soak.model)
     if not compare:
         print("the resident model does not fit this machine: tokens are not compared", file=sys.stderr)
@@ -54,9 +57,17 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if found.failures else 0
 
 
-def _soak(options: argparse.Namespace) -> Soak:
+def _check(options: argparse.Namespace) -> None:
     if options.requests < LEAST_REQUESTS:
-        raise UsageError(f"--requests {options.requests}: fewer than {LEAST_REQUESTS} say nothing about growth")
+        raise UsageError(f"--requests {options.requests}: fewer than {LEAST_REQUESTS} say nothing about memory")
+    check_writable("--out", options.out)
+    check_writable("--csv", options.csv)
+
+
+def _soak(options: argparse.Namespace) -> Soak:
+    from harness.demo.widen import bundled_model
+    from harness.measure.soak import Soak
+
     ranges = [_range(name, getattr(options, name)) for name in ("prompt_tokens", "output_tokens")]
     profile = None if options.profile is None else load_profile(options.profile)
     device = profile and profile.match and profile.match.device
@@ -87,6 +98,8 @@ def _range(name: str, text: str) -> tuple[int, int]:
 
 
 def _fits_resident(model: str) -> bool:
+    from runtime.facts import RESIDENT_FACTOR, describe
+
     return RESIDENT_FACTOR * describe(model).model_bytes <= machine.available_memory_bytes()
 
 
@@ -94,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m harness.soak", description=__doc__)
     parser.add_argument("--profile", type=Path, help="whose promise (limits.max_memory_bytes) is tested")
     parser.add_argument("--model", help="checkpoint folder or hub id; default: the profile's, else the bundled demo")
-    parser.add_argument("--requests", type=int, default=1000, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--requests", type=int, default=1000, metavar="N", help="(%(default)s); growth is judged from 400 on"
+    )
     parser.add_argument("--max-memory", metavar="SIZE", help="the promise; default: the profile's, else what is needed")
     parser.add_argument("--prompt-tokens", default="4-96", metavar="A-B", help="lengths of prompts (%(default)s)")
     parser.add_argument("--output-tokens", default="1-8", metavar="A-B", help="lengths of answers (%(default)s)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import signal
 import sys
 from collections.abc import Callable
 
@@ -67,8 +69,14 @@ def cli_main(run: Callable[[], int | None]) -> int:
         print(f"error: {one_line(str(error).partition(chr(10))[0].partition('. ')[0])}; {way_out}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        # Python takes one that came within an `exec` of a string, as dataclasses are made by, for one that nobody
+        # caught, and ends by the signal instead of with this code, unless another `exec` has come to its end since.
+        exec("")
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        # What libraries tear down now, torch for up to a second, is no longer to be broken off, nor to change the code.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def one_line(error: BaseException | str) -> str:

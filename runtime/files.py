@@ -31,14 +31,23 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def check_writable(option: str, path: Path | None) -> None:
     """Before minutes of work: whether the file that `option` names, if any, can be written in the end.
 
+    A file without a name is made beside it, or in the first folder above that is there; nothing is left of it.
+
     Raises:
         UsageError: it cannot.
     """
     if path is None:
         return
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"{option} {path}: cannot be written; name a file in a folder that can")
+    why = "it is a folder"
+    try:
+        if not path.is_dir():
+            folder = next(parent for parent in path.absolute().parents if parent.exists())
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"\0")
+            return
+    except OSError as error:
+        why = error.strerror or str(error)
+    raise UsageError(f"{option} {path}: cannot be written ({why}); name a file in a folder that can")
 
 
 def write_named(option: str, path: Path, data: bytes | str) -> None:

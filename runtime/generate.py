@@ -189,7 +189,7 @@ def _requests(options: argparse.Namespace, prompts: Sequence[Prompt]) -> list[Pr
     requests = [
         PromptRequest(
             id=prompt.id,
-            prompt_ids=tuple(tokenizer(prompt.text)["input_ids"]),
+            prompt_ids=tuple(tokenizer(prompt.text, verbose=False)["input_ids"]),
             max_new_tokens=prompt.max_new_tokens or options.max_new_tokens,
             task=prompt.task,
             slo_s=prompt.slo_s,
@@ -238,11 +238,15 @@ def _generate_one(engine: Engine, options: argparse.Namespace, stop: StopRequest
     import torch
     from transformers import TextStreamer
 
-    inputs: Any = engine.tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)
+    from runtime.batching import context_of
+
+    inputs: Any = engine.tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False, verbose=False)
     inputs = inputs.to(engine.model.device)
     num_prompt_tokens = inputs["input_ids"].shape[1]
     if num_prompt_tokens == 0:
         raise UsageError("the prompt is empty; give at least one token of text")
+    asked = PromptRequest("--prompt", tuple(inputs["input_ids"][0].tolist()), options.max_new_tokens)
+    check_requests([asked], context_of(engine.model.config))
     torch.manual_seed(options.seed)
     was_stopped = False
 

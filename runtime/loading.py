@@ -111,6 +111,10 @@ def _named(source: Source) -> _Named | None:
     """The profile that `source` names; None where it is a checkpoint."""
     if isinstance(source, Profile):
         return _Named(source, None)
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        raise ProfileError(
+            f"{source!r} names nothing to load; give a profile (.yaml), a checkpoint's folder or a hub id"
+        )
     if str(source).endswith(SUFFIXES) or str(source).startswith("sha256:") or os.path.isfile(source):
         path = find_profile(source)
         return _Named(load_profile(path), path)

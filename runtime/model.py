@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,7 +31,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from runtime.errors import CheckpointError, UnsupportedModelError
+from runtime.errors import CheckpointError, UnsupportedModelError, one_line
 from runtime.own_memory import copy_out
 from runtime.transfer.safetensors_index import read_header
 from runtime.transfer.store import ExpertLayer, ExpertParameter
@@ -79,9 +80,13 @@ def read_config(model: str) -> PreTrainedConfig:
         )
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         if is_here:
-            raise CheckpointError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
+            why = one_line(error) if isinstance(error, StrictDataclassError) else _first_line(error)
+            raise CheckpointError(
+                f"{folder / 'config.json'} cannot be used: {why.rstrip('.')}; copy the one that came with the "
+                f"checkpoint again: it must be of a family that transformers {transformers.__version__} knows"
+            ) from error
         # A gated model, or a hub that was not reached; of what is no hub id it only says that.
         why = f": {_first_line(error)}" if re.fullmatch(_HUB_ID, model) else ""
         raise CheckpointError(

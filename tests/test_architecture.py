@@ -101,6 +101,15 @@ def test_decision_modules_work_where_torch_is_not_installed() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_commands_start_without_torch() -> None:
+    """It is imported within `cli_main`, for seconds: Ctrl-C meanwhile is one word, and --help does not wait."""
+    commands = [name for path in sorted((ROOT / "harness").glob("[a-z]*.py")) for name in [_module(path)]]
+    commands += ["harness.demo.__main__", "runtime.generate", "runtime.profile.__main__"]
+    code = f"import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import {', '.join(commands)}"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_no_import_cycles() -> None:
     modules = {_module(path): path for path in SOURCES}
     graph = {name: _imports(path, at_import_time=True) & modules.keys() - {name} for name, path in modules.items()}

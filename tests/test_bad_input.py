@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import save_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import runtime
 from runtime import build_tiers
+from runtime.errors import ProfileError, UsageError
 from runtime.facts import describe
+from runtime.files import check_writable
 from runtime.generate import main
 from runtime.profile import Profile, save_profile
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +50,58 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_path_that_is_not_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "it has no config.json" in _refused(capsys, "--model", str(tmp_path))
     assert "neither a folder nor a model" in _refused(capsys, "--model", str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is not a valid JSON file; copy"),
+        ("{}", "Unrecognized model"),
+        ('{"model_type": "qwen3_moe", "hidden_size": "wide"}', "'hidden_size' expected int, got str"),
+    ],
+)
+def test_a_config_that_is_none(copy: Path, capsys: pytest.CaptureFixture[str], content: str, says: str) -> None:
+    (copy / "config.json").write_text(content)
+    said = _refused(capsys, "--model", str(copy))
+    assert says in said and "; copy the one that came with the checkpoint again" in said
+
+
+@pytest.mark.parametrize("source", [None, 3, "", {"kind": "moe-offload-profile"}])
+def test_what_names_nothing_to_load(source: Any) -> None:
+    with pytest.raises(ProfileError, match="names nothing to load; give a profile"):
+        runtime.load(source)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_work(tmp_path: Path) -> None:
+    """Also where permissions allow it and the file system does not, as root meets it."""
+    for path in (Path("/proc/nowhere/t.npz"), Path("/proc/t.npz"), tmp_path, tmp_path / ("n" * 300) / "t.npz"):
+        with pytest.raises(UsageError, match=r"--out .*: cannot be written \(.+\); name a file in a folder that can"):
+            check_writable("--out", path)
+    check_writable("--out", tmp_path / "new" / "t.npz")
+    check_writable("--out", None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("bench", []),
+        ("batching", ["equality"]),
+        ("demo", ["--expert-bytes", "1MiB"]),
+        ("fit", ["sequence", "--trace", str(Path(__file__).parent / "data" / "demo-routing.npz")]),
+    ],
+)
+def test_a_command_refuses_what_it_cannot_write_before_it_works(command: str, arguments: list[str]) -> None:
+    words = [sys.executable, "-m", f"harness.{command}", *arguments, "--out", "/proc/x.safetensors"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "cannot be written (No such file or directory); name a file in a folder that can" in done.stderr
+
+
+def test_a_prompt_longer_than_the_context(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As one of --prompts: what is beyond the positions that the model knows means nothing."""
+    said = _refused(capsys, "--model", str(checkpoint), "--max-new-tokens", "1000000")
+    assert "and 1000000 new ones, more than the" in said and "of the model's context; shorten it" in said
 
 
 def test_a_hub_id_that_cannot_be_had_says_why(

@@ -116,7 +116,8 @@ fallback: default
         (HEAD + "kind: moe-offload-profile\n", ["duplicate key 'kind' in line 3"]),
         (HEAD + "cache: {polcy: lru}\n", ["'cache.polcy'", "'cache.policy'"]),
         (HEAD + "slots: 3\n", ["'slots'", "'cache.slots'"]),
-        (HEAD + "xyzzy: 3\n", ["'xyzzy'", "nearest known"]),
+        (HEAD + "xyzzy: 3\n", ["unknown key 'xyzzy'; known keys: schema_version, kind, match,"]),
+        (HEAD + "cache: {xyzzy: 3}\n", ["'cache.xyzzy'; known there: cache.slots, cache.kv_bytes,"]),
         (HEAD + "match: {model: {layer: 3}}\n", ["'match.model.layer'", "'match.model.layers'"]),
         (HEAD + "cache: {policy: lruu}\n", ["'lruu'", *schema.POLICIES]),
         (HEAD + "predictor: {kind: oracle}\n", ["'oracle'", *schema.PREDICTORS]),
@@ -238,6 +239,12 @@ def test_overrides_set_dotted_keys_and_make_sections() -> None:
 def test_a_setting_that_is_no_setting(setting: str) -> None:
     with pytest.raises(UsageError):
         parse_overrides([setting])
+
+
+@pytest.mark.parametrize("overrides", ["cache.slots=3", ["cache.slots=3"]])
+def test_overrides_that_are_no_mapping(overrides: Any) -> None:
+    with pytest.raises(ProfileError, match="a mapping is needed, such as"):
+        Profile.default().with_overrides(overrides)
 
 
 @pytest.mark.parametrize("key", ["cache.slot", "miss.slots", "cachee.slots", "cache.policy.name"])

@@ -73,6 +73,43 @@ def test_a_signal_that_comes_twice_at_once_counts_once() -> None:
         assert stop.signal is signal.SIGINT
 
 
+@pytest.mark.parametrize(
+    ("then", "code", "said"), [("raise KeyboardInterrupt", 130, "interrupted\n"), ("return 1", 1, "")]
+)
+def test_ctrl_c_while_a_command_is_torn_down_changes_nothing(then: str, code: int, said: str) -> None:
+    """What is registered before the command runs, as libraries do, is torn down after it."""
+    program = f"""
+import atexit, os, signal, sys
+from runtime.errors import cli_main
+
+def tear_down():
+    os.kill(os.getpid(), signal.SIGINT)
+    print("torn down")
+
+def run():
+    {then}
+
+atexit.register(tear_down)
+sys.exit(cli_main(run))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "torn down\n", said)
+
+
+def test_ctrl_c_within_what_a_string_runs_has_the_same_exit_code(tmp_path: Path) -> None:
+    """As while a dataclass is imported."""
+    lines = (
+        "import sys",
+        "from runtime.errors import cli_main",
+        "sys.exit(cli_main(lambda: exec('raise KeyboardInterrupt')))",
+    )
+    (tmp_path / "interrupted_command.py").write_text("\n".join(lines))
+    words = [sys.executable, "-m", "interrupted_command"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_another_thread_cannot_listen_and_goes_on() -> None:
     entered: list[bool] = []
 

@@ -224,6 +224,16 @@ def test_a_prompt_that_streams_takes_less_time(tmp_path: Path, capsys: pytest.Ca
     assert streams["elapsed_s"] < waits["elapsed_s"]
 
 
+@pytest.mark.parametrize("option", [["--streams"], ["--host-slots", "50%"]])
+@pytest.mark.parametrize("policy", [[], ["--policy", "all"]])
+def test_unless_it_is_named_belady_is_left_out_where_it_cannot_be(
+    trace_file: Path, option: list[str], policy: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--trace", str(trace_file), "--slots", "6", "--json", *option, *policy]) == 0
+    replayed = {json.loads(line)["policy"] for line in capsys.readouterr().out.splitlines()}
+    assert {"lru", "td_next_use"} <= replayed and "belady" not in replayed
+
+
 def test_a_host_tier_below_all_slots_sees_every_expert_once() -> None:
     schedule = Schedule(_random(2, 40, 3, 8, 2), batch=2)
     above = Setting("lru", 24)

@@ -6,9 +6,9 @@ import argparse
 import re
 from pathlib import Path
 
-from harness.demo.checkpoint import Checkpoint
-from harness.demo.widen import DEFAULT_SHARD_BYTES, LAYOUTS, bundled_model, widen, widened
+from harness.demo import DEFAULT_SHARD_BYTES, LAYOUTS
 from runtime.errors import UsageError, cli_main
+from runtime.files import check_writable
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write(options: argparse.Namespace) -> Path:
+    from harness.demo.widen import bundled_model, widen, widened
+
     sizes = {"hidden_size": options.hidden_size, "layout": options.layout}
     if options.out is None and options.model is None:
         return widened(options.expert_bytes, shard_bytes=options.shard_bytes, **sizes)
@@ -57,7 +59,13 @@ def _write(options: argparse.Namespace) -> Path:
 
 def run(arguments: list[str] | None = None) -> int:
     """Widen, then print the folder and its true sizes."""
-    folder = _write(_parser().parse_args(arguments))
+    options = _parser().parse_args(arguments)
+    if options.out is not None and not options.out.exists():
+        check_writable("--out", options.out)
+    # Imported late: --help and mistakes in the arguments answer at once.
+    from harness.demo.checkpoint import Checkpoint
+
+    folder = _write(options)
     model = Checkpoint(folder)
     expert_bytes = 6 * model.hidden_size * model.intermediate_size
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -21,12 +21,10 @@ from pathlib import Path
 
 import torch
 
+from harness.demo import DEFAULT_SHARD_BYTES, LAYOUTS
 from harness.demo.checkpoint import MATRICES, PAGE_BYTES, Checkpoint, TensorSpec, write_shards
 from runtime.errors import BudgetError, ExpertFlowError, UnsupportedModelError
 from runtime.profile import checkpoint_cache
-
-DEFAULT_SHARD_BYTES = 512 * 2**20
-LAYOUTS = ("hub", "fused")
 
 
 @dataclass(frozen=True)

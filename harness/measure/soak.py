@@ -25,6 +25,9 @@ from runtime.machine import format_bytes
 WARM_UP = 0.25
 """Share of the requests before which growth is not judged: caches of compiled kernels, one per shape, still fill."""
 
+LEAST_JUDGED = 400
+"""Requests before whose end growth is not judged: in a shorter run the caches fill after a quarter of it, too."""
+
 MOST_BYTES_PER_REQUEST = 16 << 10
 MOST_STEP_BYTES = 16 << 20
 """What the last third may take beyond the first: a forgotten KV cache of one request would be more than that in all."""
@@ -150,6 +153,11 @@ class SoakResult:
         return Trend.of(self.samples)
 
     @property
+    def is_long(self) -> bool:
+        """False: too few requests to tell growth from caches that fill."""
+        return self.samples[-1].num_requests >= LEAST_JUDGED
+
+    @property
     def peak_bytes(self) -> int:
         """Highest resident memory since the process began, loading included."""
         return self.samples[-1].peak_bytes
@@ -162,7 +170,7 @@ class SoakResult:
         if self.peak_bytes > self.promise_bytes:
             promised = format_bytes(self.promise_bytes)
             found.append(f"a peak of {format_bytes(self.peak_bytes)} where {promised} were promised")
-        if not trend.is_level:
+        if self.is_long and not trend.is_level:
             found.append(
                 f"resident memory grows by {format_bytes(max(trend.bytes_per_request, 0))} per request, and "
                 f"{format_bytes(max(trend.step_bytes, 0))} from the first third to the last"
@@ -187,6 +195,7 @@ class SoakResult:
             "bytes_per_request": round(self.trend.bytes_per_request, 1),
             "bytes_per_request_95": [round(self.trend.low, 1), round(self.trend.high, 1)],
             "most_bytes_per_request": MOST_BYTES_PER_REQUEST,
+            "growth_is_judged": self.is_long,
             "last_less_first_third_bytes": int(self.trend.step_bytes),
             "num_different": None if self.different is None else len(self.different),
             "files": [self.samples[1].num_files, self.samples[-1].num_files],
@@ -202,10 +211,11 @@ class SoakResult:
         """For people."""
         trend = self.trend
         tokens = "not compared" if self.different is None else f"{len(self.different)} differ from the resident model"
+        judged = f"at most {MOST_BYTES_PER_REQUEST}" if self.is_long else f"judged from {LEAST_JUDGED} requests on"
         lines = [
             f"memory     peak {format_bytes(self.peak_bytes)} of {format_bytes(self.promise_bytes)} promised",
             f"growth     {trend.bytes_per_request:+.0f} bytes per request "
-            f"(95 %: {trend.low:+.0f} to {trend.high:+.0f}; at most {MOST_BYTES_PER_REQUEST})",
+            f"(95 %: {trend.low:+.0f} to {trend.high:+.0f}; {judged})",
             f"tokens     {self.samples[-1].num_requests} requests, {tokens}",
             f"process    {self.samples[-1].num_files} files, {self.samples[-1].num_threads} threads at the end",
         ]

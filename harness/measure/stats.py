@@ -49,6 +49,8 @@ class Ratio:
         return asdict(self)
 
     def __str__(self) -> str:
+        if self.num_pairs == 1:
+            return f"{self.estimate:.2f}, one pair"  # whose interval would be no wider than a point
         return f"{self.estimate:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 

@@ -13,7 +13,7 @@ from harness.measure.blocks import paired
 from harness.measure.kv_room import Room
 from harness.measure.limits import ModelBytes
 from harness.measure.slo import Idle, Kind, share_in_time
-from harness.measure.stats import median, paired_difference
+from harness.measure.stats import Ratio, median, paired_difference
 from runtime.machine import format_bytes
 from runtime.prompts import PromptRequest
 
@@ -68,7 +68,7 @@ def overlap_table(summary: Mapping[str, Any]) -> str:
 
 def _gain(row: Mapping[str, Any], name: str) -> str:
     ratio = row.get(f"{name}_gain")
-    return "" if ratio is None else f" ({ratio['estimate']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}])"
+    return "" if ratio is None else f" ({Ratio(**ratio)})"
 
 
 def idle_line(idle: Mapping[Kind, Idle], requests_per_s: float) -> str:
@@ -113,9 +113,11 @@ def deadline_table(summary: Mapping[str, Any]) -> str:
         for row in summary["arms"]
     ]
     more = summary["more_in_time"]
+    interval = f" [{100 * more['low']:+.1f}, {100 * more['high']:+.1f}]" if more["num_pairs"] > 1 else ""
+    over = "median over blocks" if interval else "one block"
     return (
-        f"{_text(rows)}\ndeadline: {100 * more['estimate']:+.1f} points [{100 * more['low']:+.1f}, "
-        f"{100 * more['high']:+.1f}] of {summary['requests']} requests, median over blocks"
+        f"{_text(rows)}\ndeadline: {100 * more['estimate']:+.1f} points{interval} of {summary['requests']} requests, "
+        f"{over}"
     )
 
 

@@ -9,6 +9,7 @@ from harness.report.run_file import RunFile, count_outcomes
 from harness.search.objective import Objective
 from harness.search.outcome import Kind, Limits, Outcome, Record, Tried
 from harness.search.space import Knob, Space, Value
+from runtime.machine import format_bytes
 
 _MOST_CHOICES = 8
 
@@ -160,7 +161,7 @@ def _words(kind: str) -> str:
 def _limits(limits: Limits) -> dict[str, tuple[str, float]]:
     """Name in `Limits.excess` → option and value, those that are set."""
     options = {
-        "memory": (f"--max-memory {(limits.max_memory_bytes or 0) / 1e6:.0f} MB", limits.max_memory_bytes),
+        "memory": (f"--max-memory {format_bytes(limits.max_memory_bytes or 0)}", limits.max_memory_bytes),
         "slo_tpot": (f"--slo-tpot {limits.slo_tpot_ms or 0:g} ms", limits.slo_tpot_ms),
         "slo_ttft": (f"--slo-ttft {limits.slo_ttft_ms or 0:g} ms", limits.slo_ttft_ms),
     }

@@ -392,6 +392,8 @@ def prepare(settings: Settings) -> Setup:
         print(probe.describe())
         needs = memory.predict(num_slots_fit, base.scheduler.num_sequences)
         _say(facts, needs, limit_bytes, host)
+        if (asked := settings.limits.max_memory_bytes or 0) > free_bytes:
+            print(_more_than_there_is(settings, asked, free_bytes), flush=True)
         if not kept:
             setting = Setting(
                 memory.num_experts,
@@ -438,6 +440,12 @@ def _probe(runner: TrialRunner, settings: Settings, facts: ModelFacts, base: Pro
     if settings.gpu is None:
         return take_probe(settings.model, facts, read_gpus(), io_threads=io_threads)
     return probe_with(runner, ProbeSpec(settings.model, settings.gpu.uuid, io_threads))
+
+
+def _more_than_there_is(settings: Settings, asked_bytes: int, free_bytes: int) -> str:
+    where = "this machine" if settings.gpu is None else settings.gpu.name
+    asked, free = machine.format_bytes(asked_bytes), machine.format_bytes(free_bytes)
+    return f"limit      --max-memory is {asked}, {where} has {free} free: the latter counts"
 
 
 def _say(facts: ModelFacts, needs: MemorySum, limit_bytes: int, host: HostPlan | None) -> None:

@@ -140,6 +140,8 @@ class Profile(Section):
         Raises:
             ProfileError: an unknown key or a value that its key does not take.
         """
+        if not isinstance(overrides, Mapping):
+            raise ProfileError(f'overrides {overrides!r}: a mapping is needed, such as {{"cache.slots": "25%"}}')
         tree = self.model_dump(exclude_none=True)
         if (self.predictor.every, self.predictor.every_unit) == default_period(self.predictor.kind):
             del tree["predictor"]["every"], tree["predictor"]["every_unit"]
@@ -184,14 +186,15 @@ def _explain(error: Mapping[str, Any]) -> str:
 
 
 def _nearest_key(key: str) -> str:
-    """Advice on an unknown dotted key: the like-named one of its section, else of any, else the nearest at all."""
+    """Advice on an unknown dotted key: the like-named one of its section, else of any, else all of its section."""
     section, _, name = key.rpartition(".")
     own = {known.rpartition(".")[2]: known for known in _KNOWN_KEYS if known.rpartition(".")[0] == section}
     every = {known.rpartition(".")[2]: known for known in reversed(_KNOWN_KEYS)}
-    for names, cutoff in ((own, 0.6), (every, 0.7), (own, 0.0), (every, 0.0)):
+    for names, cutoff in ((own, 0.6), (every, 0.7)):
         if nearest := difflib.get_close_matches(name, names, n=1, cutoff=cutoff):
-            break
-    return f"the nearest known one is {names[nearest[0]]!r}"
+            return f"the nearest known one is {names[nearest[0]]!r}"
+    known = own.values() if own else [known for known in _KNOWN_KEYS if "." not in known]
+    return f"known {'there' if own and section else 'keys'}: {', '.join(known)}"
 
 
 def _set(tree: dict[str, Any], key: str, value: object) -> None:

@@ -137,6 +137,10 @@ def test_the_share_in_time_counts_requests_and_is_compared_by_block() -> None:
     assert [row["share_in_time"] for row in summary["arms"]] == [0.5, 0.75]
     assert summary["more_in_time"]["estimate"] == 0.25
     assert "+25.0 points [+25.0, +25.0] of 8 requests" in report.deadline_table(summary)
+    run_arms(
+        server, one := [Arm(kind, {"kind": kind}) for kind in ("fifo", "deadline")], [requests], None, [], *[int] * 2
+    )
+    assert "+25.0 points of 4 requests, one block" in report.deadline_table(report.deadline_summary(one, [requests]))
 
 
 def test_idle_latency_is_that_of_the_only_request() -> None:

@@ -90,6 +90,7 @@ def test_the_command_writes_what_it_is_asked_for(
         (["--bless", "--reason", "x", "--junit", "x.xml"], "--bless checks nothing"),
         (["--pairs", "9"], "belongs to --base or --profile"),
         (["--base", "HEAD", "--pairs", "0"], "at least 1"),
+        (["--base", "HEAD", "--pairs", "9"], "at least 10 are needed to decide"),
         (["--base", "HEAD", "--margin", "much"], "--margin 'much'"),
         (["--base", "HEAD", "--margin", "200%"], "--margin '200%'"),
         (["--aa"], "belongs to --base"),

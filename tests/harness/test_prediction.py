@@ -279,6 +279,13 @@ def test_the_table_and_the_csv(trace_file: Path, tmp_path: Path, capsys: pytest.
     assert len(table.loc["popularity"]) == 4 and list(table.columns) == list(FIGURES)
 
 
+def test_where_no_batch_is_full_it_says_so(trace_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--trace", str(trace_file), "--predictor", "none", "--batch"]
+    assert main([*arguments, "500"]) == main([*arguments, "1"]) == 0
+    few, enough = (text for text in capsys.readouterr().out.split("judged on ")[1:])
+    assert "requests make no batch of 500 (--batch)" in few and "batches of 1\n" in enough
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -38,6 +38,11 @@ def test_a_constant_ratio_has_no_interval() -> None:
     assert (ratio.estimate, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
+def test_a_ratio_of_one_pair_claims_no_interval() -> None:
+    assert str(paired_ratio([3.0], [2.0])) == "1.50, one pair"
+    assert str(paired_ratio([3.0, 3.0], [2.0, 2.0])) == "1.50 [1.50, 1.50]"
+
+
 def test_the_middle_ratio_counts_not_the_ratio_of_the_middles() -> None:
     # Pairs 2, 2, 1/8: drift that hits both members leaves the estimate at 2; the medians' ratio would be 4/3.
     assert paired_ratio([2.0, 200.0, 4.0], [1.0, 100.0, 32.0]).estimate == pytest.approx(2.0)

@@ -592,8 +592,9 @@ def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(
     (home / "run").mkdir()
     before = set(home.rglob("*"))
     arguments = ["--model", str(tiny_checkpoint), "--set", "cache.policy=lru", "--out", "run", *text]
-    assert tune.main([*arguments, "--dry-run"]) == 0
+    assert tune.main([*arguments, "--max-memory", "100TiB", "--dry-run"]) == 0
     out = capsys.readouterr().out
+    assert "--max-memory is 110 TB, this machine has " in out and "free: the latter counts" in out
     assert "predicted not to fit" in out and "cache.policy" in out and "to confirm" in out
     assert set(home.rglob("*")) == before
 

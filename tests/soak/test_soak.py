@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from harness import soak as command
-from harness.measure.soak import MOST_BYTES_PER_REQUEST, Sample, Soak, SoakResult, Trend, rounds
+from harness.measure.soak import LEAST_JUDGED, MOST_BYTES_PER_REQUEST, Sample, Soak, SoakResult, Trend, rounds
 from runtime.profile import Profile, save_profile
 
 MB = 1_000_000
@@ -49,6 +49,14 @@ def test_growth_is_seen(grown: Callable[[int], float]) -> None:
     assert [failure for failure in found.failures if "grows" in failure] == found.failures != []
 
 
+def test_too_few_requests_say_nothing_about_growth() -> None:
+    """Caches that fill grow as much; what is said is not judged."""
+    few = tuple(one for one in _samples(lambda n: 0.2 * MB * n) if one.num_requests <= LEAST_JUDGED - 25)
+    found = _result(samples=few, promise_bytes=2000 * MB)
+    assert not found.trend.is_level and not found.failures and not found.as_dict()["growth_is_judged"]
+    assert f"judged from {LEAST_JUDGED} requests on" in found.describe()
+
+
 def test_everything_else_that_is_promised() -> None:
     more = _samples(lambda n: 0.0)
     assert "promised" in _result(promise_bytes=400 * MB).failures[0]
@@ -73,7 +81,7 @@ def test_the_requests_are_a_function_of_the_seed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--requests", "10"], "say nothing about growth"),
+        (["--requests", "10"], "say nothing about memory"),
         (["--prompt-tokens", "9-4"], "not of the form 4-96"),
         (["--max-memory", "much"], "is not a size"),
         (["--profile", "nowhere.yaml"], "nowhere.yaml"),
