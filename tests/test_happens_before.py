@@ -196,17 +196,6 @@ def unrecovered(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TieredTransfer, "drain", lambda own: own._climbs.clear())
 
 
-def partly_refused(patch: pytest.MonkeyPatch) -> None:
-    """What has begun of a copy that is refused is not waited for."""
-
-    def copy(own: CudaStreams, lane: Lane, expert: int, slot: int, start: int, num_bytes: int) -> None:
-        target = own._target_address + slot * own._slot_bytes
-        for source, at, size in own._source.spans(expert, start, num_bytes):
-            own._driver.upload(target + at, own._source_address + source, size, own._handles[lane])
-
-    patch.setattr(CudaStreams, "copy", copy)
-
-
 class LeftOut(NamedTuple):
     """`race`: what is said of it."""
 
@@ -231,7 +220,7 @@ LEFT_OUT = {
     "the hold of a row that is computed from": LeftOut(loose_rows, COMPUTE, read_slowly, HOST_ROW),
     "the end of what a broken pass began": LeftOut(unrecovered, ROWS, fail, REREAD),
     "the end of what was refused in part": LeftOut(
-        partly_refused, {**ROWS, "tiers.host_bytes": 2 * 8192}, fail_in_part, REREAD
+        nothing(CudaTransfer, "_finish_lanes"), {**ROWS, "tiers.host_bytes": 2 * 8192}, fail_in_part, REREAD
     ),
     "the wait for what is read back": LeftOut(
         nothing(CudaDriver, "wait"), {}, compute, "memmove reads.* while a copy writes"
@@ -257,9 +246,9 @@ def test_an_engine_races_without(checkpoint: Path, cuda: FakeCuda, monkeypatch: 
     for is_whole in (True, False):
         if not is_whole:
             leave_out(monkeypatch)
-        with runtime.load(checkpoint, device=GPU, overrides=overrides, record_loads=True) as engine:
-            with nullcontext() if is_whole else suppress(Exception):  # what came out may be anything
-                go_through(engine)
+        may_fail = nullcontext() if is_whole else suppress(Exception)  # what is computed may be anything
+        with runtime.load(checkpoint, device=GPU, overrides=overrides, record_loads=True) as engine, may_fail:
+            go_through(engine)
         if is_whole:
             assert not cuda.order.races
     assert any(re.search(race, found) for found in cuda.order.races), cuda.order.races

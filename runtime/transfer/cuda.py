@@ -267,10 +267,7 @@ class CudaTransfer(Transfer):
         self.drain()
         self._bytes_under_way = 0
         if lost := list(self._queue.under_way):  # the interrupt came between a copy and the note of it
-            with contextlib.suppress(RuntimeError):  # a device that was lost
-                for lane in _LANES:
-                    self._streams.record(end := self._event(), lane)
-                    self._streams.synchronize(end)
+            self._finish_lanes()
             for load in lost:
                 self._under_way.pop(load, None)
                 self._awaited.discard(load)
@@ -380,12 +377,20 @@ class CudaTransfer(Transfer):
             streams.copy(lane, load.expert, load.slot, start, num_bytes)
             streams.record(end, lane)
         except RuntimeError as error:
+            self._finish_lanes()  # the copy may be under way
             self._finish(load, len(pieces), str(error))
             return
         own.append(flight)
         self._flights[lane].append(flight)
         self._bytes_under_way += num_bytes
         self._stats.num_bytes += num_bytes
+
+    def _finish_lanes(self) -> None:
+        """Wait for every copy that was enqueued, also for what there is no event of."""
+        with contextlib.suppress(RuntimeError):  # a device that was lost
+            for lane in _LANES:
+                self._streams.record(end := self._event(), lane)
+                self._streams.synchronize(end)
 
     def _harvest(self) -> None:
         """Take note of what has happened on the device."""
@@ -395,6 +400,8 @@ class CudaTransfer(Transfer):
                     if not self._streams.is_done(flights[0].end):
                         break
                 except RuntimeError as error:
+                    with contextlib.suppress(RuntimeError):  # a device that was lost, and copies no more
+                        self._streams.synchronize(flights[0].end)
                     self._land(flights.popleft(), str(error))
                 else:
                     self._land(flights.popleft())

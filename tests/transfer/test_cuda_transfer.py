@@ -225,6 +225,24 @@ def test_a_device_that_is_lost_at_any_time_ends_all_loads(num_steps: int) -> Non
     assert streams.is_closed
 
 
+@pytest.mark.parametrize("method", ["is_done", "record"])
+def test_a_load_that_fails_has_ended_first(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only been given up: what it was copied from, and to, is another's next."""
+    streams = FakeStreams(NUM_EXPERTS, NUM_SLOTS, NUM_BYTES)
+    transfer = transfer_of(streams)
+    real, errors = getattr(streams, method), iter(["CUDA error: out of memory"])
+
+    def refuse(event: FakeEvent, *lane: Lane) -> object:
+        if len(streams.queues[Lane.DEMAND]) >= 3 and (error := next(errors, "")):  # behind the copy
+            raise RuntimeError(error)
+        return real(event, *lane)
+
+    monkeypatch.setattr(streams, method, refuse)
+    transfer.submit([demand(0, 0)])
+    assert transfer.has_failed(0) and not transfer.is_filling(0)
+    assert streams.copied == [0] and not streams.queues[Lane.DEMAND]
+
+
 @pytest.mark.parametrize("asks", ["submit", "wait_any"])
 def test_a_copy_that_fails_after_it_was_said_to_be_ready_is_said_once(asks: str) -> None:
     streams = FakeStreams(NUM_EXPERTS, NUM_SLOTS, NUM_BYTES)
