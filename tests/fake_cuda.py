@@ -438,9 +438,10 @@ class CudaTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor, index: int) -> CudaTensor:
         assert type(inner) is torch.Tensor
-        made: CudaTensor = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=torch.device("cuda", index)
-        )
+        with torch.inference_mode(False):  # else what is a view of one made without that mode is refused
+            made: CudaTensor = torch.Tensor._make_wrapper_subclass(
+                cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=torch.device("cuda", index)
+            )
         made.inner = inner
         return made
 

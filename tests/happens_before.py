@@ -6,11 +6,12 @@ knows, and a stream or a thread that waits for it, or is told that it has happen
 that reads the state of a load which another one has set, is started, or is joined. Nothing else orders: neither time
 nor Python's own lock.
 
-An access is a range of addresses, read or written: by a kernel (the tensors that it is given and makes) and by a copy of
-the driver on their stream, by the host where it reads files into rows and moves bytes to and from pinned memory. Two
+An access is a range of addresses, read or written: by a kernel (the tensors that it is given and makes) and by a copy
+of the driver on their stream, by the host where it reads files into rows and moves bytes to and from pinned memory. Two
 accesses that overlap, one of which writes, must be ordered, or else are a race, unless both are the host's own: of
 those, only reading a file is checked, against what the host computes from, too. A copy from pageable memory reads that
-before its call returns, and orders nothing. Memory that is given back or pinned anew has no past.
+before its call returns, and orders nothing. Memory that is given back or pinned anew has no past. What torch's
+allocator does with memory is not watched.
 """
 
 from __future__ import annotations
