@@ -474,7 +474,13 @@ class CudaTensor(torch.Tensor):
 
 def _tensors(*values: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    tree_map(lambda one: found.append(one) if isinstance(one, torch.Tensor) else None, values)
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
     return found
 
 
@@ -501,7 +507,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain_args, plain_kwargs = tree_map(_inner, (args, kwargs))
     found = func(*plain_args, **plain_kwargs)
     if not name.startswith("empty"):
-        _note_kernel(func, index, args, kwargs, [] if to_host else _tensors(found))
+        _note_kernel(func, index, given, (args, kwargs), [] if to_host else _tensors(found))
     if to_host or name in _SYNCING or is_waited_for:
         _cuda.wait_for(_cuda.current(index))
     if to_host:
@@ -512,9 +518,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(lambda one: inside[id(one)] if id(one) in inside else _wrapped(one, index), found)
 
 
-def _note_kernel(func: Any, index: int, args: Any, kwargs: dict[str, Any], made: list[torch.Tensor]) -> None:
-    """A call reads what it was given, and writes what it was to change and what it made; a view is no kernel's."""
-    given = [one.inner for one in _tensors(args, kwargs) if isinstance(one, CudaTensor)]
+def _note_kernel(func: Any, index: int, taken: list[torch.Tensor], call: Any, made: list[torch.Tensor]) -> None:
+    """A call reads the tensors `taken`, and writes what it was to change of them and what it made; a view is none's."""
+    (args, kwargs), given = call, [one.inner for one in taken if isinstance(one, CudaTensor)]
     changed = [_inner(args[at] if at < len(args) else kwargs.get(key)) for at, key in _changed(func)]
     storages = {one.untyped_storage().data_ptr() for one in given}
     new = [one for one in made if one.untyped_storage().data_ptr() not in storages]
@@ -619,7 +625,7 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
             here = make(*args, device="cpu", **kwargs)
             cuda.num_syncs += make is tensor and here.numel() > 0
             made: torch.Tensor = _wrapped(here, _index(device))
-            _note_kernel(make, _index(device), (), {}, [here])
+            _note_kernel(make, _index(device), [], ((), {}), [here])
             return made
 
         return made

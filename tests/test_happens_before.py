@@ -59,8 +59,8 @@ def compute(engine: Engine, *, elsewhere: bool = False) -> None:
     """A prompt and tokens after it; `elsewhere`: on a stream of its own."""
     model: Any = engine.model
     with torch.cuda.stream(torch.cuda.Stream(GPU)) if elsewhere else nullcontext():
-        out = model(torch.arange(1, 25, device=GPU)[None], use_cache=True)
-        for token in range(3):
+        out = model(torch.arange(1, 13, device=GPU)[None], use_cache=True)
+        for token in range(2):
             out = model(torch.tensor([[token]], device=GPU), past_key_values=out.past_key_values, use_cache=True)
 
 
