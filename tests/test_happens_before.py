@@ -220,7 +220,7 @@ LEFT_OUT = {
     "the hold of a row that is computed from": LeftOut(loose_rows, COMPUTE, read_slowly, HOST_ROW),
     "the end of what a broken pass began": LeftOut(unrecovered, ROWS, fail, REREAD),
     "the end of what was refused in part": LeftOut(
-        nothing(CudaTransfer, "_finish_lanes"), {**ROWS, "tiers.host_bytes": 2 * 8192}, fail_in_part, REREAD
+        nothing(CudaTransfer, "_finish_copies"), {**ROWS, "tiers.host_bytes": 2 * 8192}, fail_in_part, REREAD
     ),
     "the wait for what is read back": LeftOut(
         nothing(CudaDriver, "wait"), {}, compute, "memmove reads.* while a copy writes"

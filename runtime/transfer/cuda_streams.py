@@ -87,13 +87,16 @@ class CudaStreams:
         with self._driver.current():
             event.synchronize()
 
+    def finish(self) -> None:
+        for stream in self._streams:
+            stream.synchronize()
+
     def elapsed_s(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
         return float(begin.elapsed_time(end)) / 1e3
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):  # a GPU that was lost
-            for stream in self._streams:
-                stream.synchronize()
+            self.finish()
         self.pinned_bytes = 0
         while self._pinned:
             with contextlib.suppress(RuntimeError):
