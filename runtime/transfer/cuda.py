@@ -443,9 +443,9 @@ class CudaTransfer(Transfer):
         if since_last_s is not None and since_last_s <= 0.0:
             self._events.append(flight.end)
             return
+        self._last_end = flight.end  # before the other one is free: an interrupt must not leave it in use as well
         if last is not None:
             self._events.append(last)
-        self._last_end = flight.end
 
     def _event(self) -> Event:
         return self._events.pop() if self._events else self._streams.new_event()
