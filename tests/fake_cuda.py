@@ -3,6 +3,7 @@
 Tensors "on cuda:0" are of a class of their own around tensors of the host: what mixes them with the host's is refused,
 as a GPU does, and kernels run at once, after all that their stream was told to wait for. Copies by the driver run as
 late as the order of streams and events allows; device memory that nothing was written to is full of ones (NaN).
+All that is done is watched, and what happened to go well is an error, too: see `happens_before`.
 Functions of the driver take their arguments by the prototypes of cuda.h, whatever the caller declares. There are no
 gradients.
 """
@@ -10,17 +11,20 @@ gradients.
 from __future__ import annotations
 
 import ctypes
+import random
 import resource
 import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from happens_before import Clock, HappensBefore, memmove, span
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_map
 
@@ -76,10 +80,12 @@ class FakeCuda:
         num_syncs: how often the host waited for a device in torch's calls. num_pageable: copies it waited for.
         pin_limit_bytes: that can be registered at once. heeds_memlock: nor more than RLIMIT_MEMLOCK.
         pinned: ranges that are, by address. contexts: devices that have one, which takes memory of theirs.
+        order: of all that is done. haste, rng: how often streams go on before they must, and how far.
     """
 
     def __init__(self, num_devices: int) -> None:
         self.num_devices = num_devices
+        self.order, self.haste, self.rng = HappensBefore(), 0.0, random.Random(0)
         self.calls: Counter[str] = Counter()
         self.failures: dict[str, list[int]] = {}
         self.num_syncs = self.num_pageable = 0
@@ -151,6 +157,18 @@ class FakeCuda:
         with self._lock:
             queue.run(queue.end)
 
+    def wait_for(self, queue: Queue) -> None:
+        """The calling thread does."""
+        self.catch_up(queue)
+        self.order.host_waits(self.order.known(queue))
+
+    def hasten(self) -> None:
+        """Let streams go on, now and then."""
+        if self.rng.random() < self.haste:
+            with self._lock:
+                for queue in list(self._queues.values()):
+                    queue.run(self.rng.randint(queue.num_run, queue.end))
+
     # The driver
 
     def call(self, name: str, arguments: list[Any]) -> int:
@@ -209,10 +227,17 @@ class FakeCuda:
         overlap = max(overlaps, default=0)
         if 0 < overlap < num_bytes:
             return INVALID_VALUE  # pinned in part
-        queue.waiting.append(lambda: ctypes.memmove(target, source, num_bytes) and None)
-        if overlap <= 0:
+        queue.waiting.append(lambda: memmove(target, source, num_bytes) and None)
+        self.order.enqueue(queue)
+        writes, is_pageable = target == device_side, overlap <= 0
+        self.order.on_stream(queue, device_side, num_bytes, writes=writes, what="a copy")
+        if is_pageable:
+            self.order.on_host(host_side, num_bytes, writes=not writes, what="a copy", is_loose=True)
             self.num_pageable += 1
             queue.run(queue.end)
+        else:
+            self.order.on_stream(queue, host_side, num_bytes, writes=not writes, what="a copy")
+        self.hasten()
         return 0
 
     def _pinned_ranges(self) -> list[tuple[int, int]]:
@@ -221,7 +246,7 @@ class FakeCuda:
     def _cuStreamSynchronize(self, handle: int | None) -> int:
         if self.context is None:
             return INVALID_CONTEXT
-        self.catch_up(self.queue(self.context, handle or 0))
+        self.wait_for(self.queue(self.context, handle or 0))
         return 0
 
     def _cuMemHostRegister_v2(self, address: int, num_bytes: int, flags: int) -> int:
@@ -235,14 +260,27 @@ class FakeCuda:
         limit_bytes = min(self.pin_limit_bytes, memlock) if self.heeds_memlock else self.pin_limit_bytes
         if sum(self.registered.values()) + num_bytes > limit_bytes:
             return OUT_OF_MEMORY
-        ctypes.memmove(address, ctypes.string_at(address, num_bytes), num_bytes)  # all of it is there, and writable
+        memmove(address, ctypes.string_at(address, num_bytes), num_bytes)  # all of it is there, and writable
         self.registered[address] = num_bytes
+        self.order.forget(address, num_bytes)
         return 0
 
     def _cuMemHostUnregister(self, address: int) -> int:
         if self.context is None:
             return INVALID_CONTEXT
-        return 0 if self.registered.pop(address, 0) else NOT_REGISTERED
+        num_bytes = self.registered.pop(address, 0)
+        if num_bytes:
+            self.give_back(address, num_bytes)
+        return 0 if num_bytes else NOT_REGISTERED
+
+    def unpin(self, address: int) -> None:
+        """As torch does with what it has pinned itself."""
+        self.give_back(address, self.pinned.pop(address))
+
+    def give_back(self, address: int, num_bytes: int) -> None:
+        """Memory that nothing may be copying from or to."""
+        self.order.on_host(address, num_bytes, writes=True, what="giving memory back")
+        self.order.forget(address, num_bytes)
 
 
 class Function:
@@ -331,7 +369,7 @@ class Stream:
 
     def synchronize(self) -> None:
         _cuda.use_runtime(self.queue.device)
-        _cuda.catch_up(self.queue)
+        _cuda.wait_for(self.queue)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream) and self.queue is other.queue
@@ -345,28 +383,38 @@ class Event:
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self._is_timed, self._at = enable_timing, None
+        self._known: Clock = {}
 
     def record(self, stream: Stream | None = None) -> None:
         queue = _cuda.current(_cuda.device) if stream is None else stream.queue
         _cuda.use_runtime(queue.device)
         assert self._at is None or self._at[0].device == queue.device, "an event is of one device"
         self._at = (queue, queue.end)
+        _cuda.order.enqueue(queue)
+        self._known = _cuda.order.known(queue)
 
     def wait(self, stream: Stream | None = None) -> None:
         queue = _cuda.current(_cuda.device) if stream is None else stream.queue
         _cuda.use_runtime(queue.device)
         if self._at is not None:
             queue.waiting.append(lambda at=self._at: at[0].run(at[1]))
+            _cuda.order.enqueue(queue)
+            _cuda.order.stream_waits(queue, self._known)
 
     def query(self) -> bool:
         _cuda.use_runtime()
-        return self._at is None or self._at[0].num_run >= self._at[1]
+        _cuda.hasten()
+        has_happened = self._at is None or self._at[0].num_run >= self._at[1]
+        if has_happened:
+            _cuda.order.host_waits(self._known)
+        return has_happened
 
     def synchronize(self) -> None:
         _cuda.use_runtime()
         if self._at is not None:
             with _cuda._lock:
                 self._at[0].run(self._at[1])
+        _cuda.order.host_waits(self._known)
 
     def elapsed_time(self, end_event: Event) -> float:
         if not (self._is_timed and end_event._is_timed and self._at and end_event._at):
@@ -390,9 +438,10 @@ class CudaTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor, index: int) -> CudaTensor:
         assert type(inner) is torch.Tensor
-        made: CudaTensor = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=torch.device("cuda", index)
-        )
+        with torch.inference_mode(False):  # else what is a view of one made without that mode is refused
+            made: CudaTensor = torch.Tensor._make_wrapper_subclass(
+                cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=torch.device("cuda", index)
+            )
         made.inner = inner
         return made
 
@@ -425,7 +474,13 @@ class CudaTensor(torch.Tensor):
 
 def _tensors(*values: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    tree_map(lambda one: found.append(one) if isinstance(one, torch.Tensor) else None, values)
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
     return found
 
 
@@ -451,12 +506,42 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     inside = {id(_inner(one)): one for one in given}
     plain_args, plain_kwargs = tree_map(_inner, (args, kwargs))
     found = func(*plain_args, **plain_kwargs)
+    if not name.startswith("empty"):
+        _note_kernel(func, index, given, (args, kwargs), [] if to_host else _tensors(found))
+    if to_host or name in _SYNCING or is_waited_for:
+        _cuda.wait_for(_cuda.current(index))
     if to_host:
         return found
     if name.startswith("empty"):
         _fill(found, index)
     assert all(one.shape == _inner(one).shape for one in inside.values()), f"{func} gives a tensor another size"
     return tree_map(lambda one: inside[id(one)] if id(one) in inside else _wrapped(one, index), found)
+
+
+def _note_kernel(func: Any, index: int, taken: list[torch.Tensor], call: Any, made: list[torch.Tensor]) -> None:
+    """A call reads the tensors `taken`, and writes what it was to change of them and what it made; a view is none's."""
+    (args, kwargs), given = call, [one.inner for one in taken if isinstance(one, CudaTensor)]
+    changed = [_inner(args[at] if at < len(args) else kwargs.get(key)) for at, key in _changed(func)]
+    storages = {one.untyped_storage().data_ptr() for one in given}
+    new = [one for one in made if one.untyped_storage().data_ptr() not in storages]
+    if made and not changed and not new:
+        return
+    queue, name = _cuda.current(index), getattr(func, "__name__", "")
+    _cuda.order.enqueue(queue)
+    for tensors, writes in ((given, False), (_tensors(changed, new), True)):
+        for one in tensors:
+            _cuda.order.on_stream(queue, *span(one), writes=writes, what=name)
+
+
+@cache
+def _changed(func: Any) -> list[tuple[int, str]]:
+    """Places and names of the arguments that it writes."""
+    if not hasattr(func, "_schema"):  # one of Python's, on its way to where it is dispatched
+        name = getattr(func, "__name__", "")
+        in_place = name == "__setitem__" or name.startswith("__i") or (name[-1:] == "_" and name[-2:] != "__")
+        return [(0, "self")] if in_place else []
+    arguments = enumerate(func._schema.arguments)
+    return [(at, one.name) for at, one in arguments if one.alias_info is not None and one.alias_info.is_write]
 
 
 def _check_groups(given: list[torch.Tensor]) -> bool:
@@ -499,7 +584,8 @@ def _current_stream(stream: Stream) -> Iterator[None]:
 def _pinned(cuda: FakeCuda, tensor: torch.Tensor) -> torch.Tensor:
     address = tensor.data_ptr()
     cuda.pinned[address] = max(1, tensor.nbytes)
-    weakref.finalize(tensor, cuda.pinned.pop, address, None).atexit = False
+    cuda.order.forget(address, tensor.nbytes)
+    weakref.finalize(tensor, cuda.unpin, address).atexit = False
     return tensor
 
 
@@ -539,6 +625,7 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
             here = make(*args, device="cpu", **kwargs)
             cuda.num_syncs += make is tensor and here.numel() > 0
             made: torch.Tensor = _wrapped(here, _index(device))
+            _note_kernel(make, _index(device), [], ((), {}), [here])
             return made
 
         return made
@@ -550,7 +637,7 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
         cuda.use_runtime(_index(device))
         for queue in list(cuda._queues.values()):
             if queue.device == _index(device):
-                cuda.catch_up(queue)
+                cuda.wait_for(queue)
 
     below: dict[str, Any] = {
         "_cuda_getDevice": lambda: cuda.device,
@@ -575,8 +662,10 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
         "stream": _current_stream,
     }
     fallback = torch.library.Library("_", "IMPL")
+    watching = ExitStack()
     fallback.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "CUDA")
     try:
+        watching.enter_context(cuda.order.watching())
         patch.setattr(ctypes, "CDLL", load_library)
         patch.setattr(torch, "empty", empty_pinned)
         patch.setattr(torch, "arange", there(torch.arange))
@@ -590,10 +679,14 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # a plain tensor cannot become one of ours
         yield cuda
     finally:
+        for queue in list(cuda._queues.values()):
+            cuda.order.host_waits(cuda.order.known(queue))  # the process ends
         torch.__future__.set_overwrite_module_params_on_conversion(False)
         readback._uploader.cache_clear()
         fallback._destroy()
         patch.undo()
+        watching.close()
+    assert not cuda.order.races, "\n".join(cuda.order.races)
 
 
 _KINDS = ("allocated", "reserved")

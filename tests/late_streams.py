@@ -47,6 +47,9 @@ class LateStreams:
                     self._slots.memory[start : start + num_bytes] = self._source[source : source + num_bytes]
                 self._pending[number] = None  # type: ignore[call-overload]
 
+    def finish(self) -> None:
+        self.synchronize([len(self._pending)])
+
     def elapsed_s(self, begin: list[int], end: list[int]) -> float:
         return 0.0
 

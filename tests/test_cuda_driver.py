@@ -123,6 +123,8 @@ def test_the_fake_notices_a_wait_that_is_left_out(
     overrides = {"cache.slots": TOP_K, "prefetch.depth": 0}
     with runtime.load(checkpoint, device=GPU, overrides=overrides) as engine:
         assert not all(one.isfinite().all() for one in logits_of(engine, cuda))
+    assert cuda.order.races
+    cuda.order.clear()
 
 
 @pytest.mark.parametrize("overrides", [{}, SOME, {"numerics": "lossy.substitute"}])

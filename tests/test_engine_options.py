@@ -1,19 +1,21 @@
 """Whole engines under random combinations of options: whatever streams, is computed in place, comes from disk, is
 prefetched, breaks off or shrinks in between, the logits are those of the resident model and nothing is left behind.
 
-The way of a GPU, on streams that this machine can run. Every engine and all that happens to it follow from a seed.
+The way of a GPU, on streams that this machine can run, and then on a driver that is none, which tells of accesses that
+nothing orders. Every engine and all that happens to it follow from a seed.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fake_cuda
 import pytest
 import torch
 from interrupts import interrupted_at
@@ -32,10 +34,11 @@ from runtime.readback import HostReader
 from runtime.schedulers.fifo import Fifo
 from runtime.serving import run_batch
 from runtime.transfer.cuda import Lane
+from runtime.transfer.cuda_streams import CudaStreams
 from runtime.transfer.host_rows import HostRows
 from runtime.transfer.tiered import TieredTransfer
 
-SEEDS, FAST = 32, 12  # the others are for `make test-all`
+SEEDS, FAST, ON_DRIVER = 32, 12, 4  # the others are for `make test-all`
 NUM_ACTIONS = 4
 ROW_BYTES = 8192  # of the float32 checkpoint's experts, as files are read into them
 TOLERANCE = 1e-4  # of the logits' spread, where float32 is rounded otherwise
@@ -154,7 +157,15 @@ def logits_of(engine: Engine, ids: torch.Tensor, num_steps: int) -> list[torch.T
 
 
 class Life:
-    """An engine and what happens to it."""
+    """An engine and what happens to it.
+
+    Attributes:
+        streams: of its transfer. refused: what fails of them, or reading files. interrupted: where Ctrl-C comes.
+    """
+
+    streams: Any = MovingStreams
+    refused = ("copy", "is_done", "read")
+    interrupted = INTERRUPTED
 
     def __init__(self, drawn: Drawn, engine: Engine, models: Models) -> None:
         self.drawn, self.engine, self.rng = drawn, engine, drawn.rng
@@ -163,9 +174,16 @@ class Life:
         (self.pool,) = engine._pools
         self.was_broken = False
 
+    @property
+    def actions(self) -> list[Callable[[], None]]:
+        return [self.serve, self.resize, self.interrupt, self.interrupt, self.fail, self.fail]
+
+    def ids(self) -> torch.Tensor:
+        """A prompt, where the engine computes."""
+        return self.drawn.ids().to(self.engine.model.device)
+
     def go_on(self) -> None:
-        actions = [self.serve, self.resize, self.interrupt, self.interrupt, self.fail, self.fail]
-        for action in self.rng.sample(actions, NUM_ACTIONS):
+        for action in self.rng.sample(self.actions, NUM_ACTIONS):
             for act in (action, self.run):
                 print(act.__name__, file=sys.stderr)
                 act()
@@ -173,14 +191,14 @@ class Life:
 
     def run(self) -> None:
         """A prompt and a few steps, whose logits must be the resident model's."""
-        ids, num_steps = self.drawn.ids(), self.rng.randint(0, 6)
-        expected = logits_of(self.reference, ids, num_steps)
+        ids, num_steps = self.ids(), self.rng.randint(0, 6)
+        expected = logits_of(self.reference, ids.cpu(), num_steps)
         found = logits_of(self.engine, ids, num_steps)
         if self.drawn.numerics in LOSSY:
             expected = expected[: 1 if ids.shape[1] > 1 else 0]  # prompts are exact
         assert all(one.isfinite().all() for one in found)
-        for one, other in zip(found, expected, strict=False):
-            if self.drawn.numerics == "equivalent":
+        for one, other in zip((one.cpu() for one in found), expected, strict=False):
+            if self.drawn.numerics == "equivalent" or ids.is_cuda:
                 assert (one - other).abs().max() <= TOLERANCE * other.std()
             else:
                 assert torch.equal(one, other)
@@ -203,8 +221,8 @@ class Life:
 
     def interrupt(self) -> None:
         """A pass that Ctrl-C breaks off, in any line of what serves it."""
-        ids, line = self.drawn.ids(), self.rng.randint(1, self.rng.choice([300, 5000]))
-        with interrupted_at(line, INTERRUPTED):
+        ids, line = self.ids(), self.rng.randint(1, self.rng.choice([300, 5000]))
+        with interrupted_at(line, self.interrupted):
             logits_of(self.engine, ids, 2)
         self.was_broken = True
 
@@ -217,18 +235,18 @@ class Life:
             left -= 1
             return left < 0
 
-        transfer, ids = self.pool.coordinator.transfer, self.drawn.ids()
+        transfer, ids = self.pool.coordinator.transfer, self.ids()
         with pytest.MonkeyPatch.context() as broken:
-            what = self.rng.choice(["copy", "is_done", "read"])
+            what = self.rng.choice(self.refused)
             if what != "read":
-                original = getattr(MovingStreams, what)
+                original = getattr(self.streams, what)
 
                 def lost(*args: Any) -> Any:
                     if refuse():
                         raise RuntimeError("CUDA error: lost")
                     return original(*args)
 
-                broken.setattr(MovingStreams, what, lost)
+                broken.setattr(self.streams, what, lost)
             elif isinstance(transfer, TieredTransfer):
                 files = transfer._disk._reader._files
                 read = files._read
@@ -261,7 +279,7 @@ class Life:
             assert residency.is_ready(expert)
             for name, weight in pool.weights(expert).items():
                 own = self.weights[f"model.layers.{layer}.mlp.experts.{name}"][index]
-                assert torch.equal(weight, own), f"slot {residency.slot_of(expert)} does not hold expert {expert}"
+                assert torch.equal(weight.cpu(), own), f"slot {residency.slot_of(expert)} does not hold expert {expert}"
         if isinstance(pool.store, HostRows):
             pool.store.residency.check_integrity()
             assert not pool.store.residency._leases.any(), "a row is held or leased by nobody"
@@ -290,3 +308,40 @@ def test_whatever_is_combined_and_whatever_happens(seed: int, models: Models, mo
     monkeypatch.setattr(MovingStreams, "haste", drawn.rng.choice([0.0, 0.1, 1.0]))
     with runtime.load(models.folder, overrides=drawn.overrides) as engine:
         Life(drawn, engine, models).go_on()
+
+
+class LifeOnDriver(Life):
+    """The same through torch's streams and the driver's copies, in turn on streams of their own."""
+
+    streams = CudaStreams
+    refused = (*Life.refused, "record", "wait")
+    interrupted = (*INTERRUPTED, "transfer/cuda_streams.py", "cuda_driver.py", "readback.py")
+
+    @property
+    def actions(self) -> list[Callable[[], None]]:
+        return [*super().actions, self.replay, self.replay]
+
+    def run(self) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()) if self.rng.random() < 0.5 else nullcontext():
+            super().run()
+
+    def replay(self) -> None:
+        """Loads that were needed, without compute."""
+        needed = self.engine.needed_loads
+        self.engine.replay_loads((needed or [])[-20:])
+        self.was_broken = True  # for the counters
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch has a CUDA of its own")
+@pytest.mark.parametrize(
+    "seed", [*range(ON_DRIVER), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(ON_DRIVER, SEEDS))]
+)
+def test_whatever_happens_is_ordered(seed: int, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Drawn(seed)
+    monkeypatch.setattr(build, "rates_of", lambda pool, layers, device: drawn.rates)
+    with fake_cuda.installed() as cuda:
+        cuda.rng, cuda.haste = drawn.rng, drawn.rng.choice([0.0, 0.1, 1.0])
+        cuda.pin_limit_bytes = drawn.rng.choice([1 << 60, 1 << 60, 3 * ROW_BYTES, 0])
+        gpu = torch.device("cuda", 0)
+        with runtime.load(models.folder, device=gpu, overrides=drawn.overrides, record_loads=True) as engine:
+            LifeOnDriver(drawn, engine, models).go_on()

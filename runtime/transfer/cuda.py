@@ -42,7 +42,8 @@ Event = Any
 
 
 class Streams(Protocol):
-    """What the transfer asks of a device. Nothing but `synchronize` blocks; every method may raise RuntimeError.
+    """What the transfer asks of a device. Nothing but `synchronize` and `finish` blocks; every method may raise
+    RuntimeError.
 
     Attributes:
         num_bytes: of one expert as it is copied.
@@ -67,6 +68,9 @@ class Streams(Protocol):
 
     def synchronize(self, event: Event) -> None:
         """Block until it has."""
+
+    def finish(self) -> None:
+        """Block until every copy has ended, also one that no event was recorded behind."""
 
     def elapsed_s(self, begin: Event, end: Event) -> float:
         """Seconds between two events that have happened; negative when `end` was first."""
@@ -267,10 +271,7 @@ class CudaTransfer(Transfer):
         self.drain()
         self._bytes_under_way = 0
         if lost := list(self._queue.under_way):  # the interrupt came between a copy and the note of it
-            with contextlib.suppress(RuntimeError):  # a device that was lost
-                for lane in _LANES:
-                    self._streams.record(end := self._event(), lane)
-                    self._streams.synchronize(end)
+            self._finish_copies()
             for load in lost:
                 self._under_way.pop(load, None)
                 self._awaited.discard(load)
@@ -339,6 +340,7 @@ class CudaTransfer(Transfer):
             for flights in self._flights:
                 with contextlib.suppress(ValueError):
                     flights.remove(flight)
+            self._finish_copies()
             self._land(flight, str(error))
 
     def _pump(self) -> None:
@@ -380,12 +382,17 @@ class CudaTransfer(Transfer):
             streams.copy(lane, load.expert, load.slot, start, num_bytes)
             streams.record(end, lane)
         except RuntimeError as error:
+            self._finish_copies()  # this one may be under way, whole or in part
             self._finish(load, len(pieces), str(error))
             return
         own.append(flight)
         self._flights[lane].append(flight)
         self._bytes_under_way += num_bytes
         self._stats.num_bytes += num_bytes
+
+    def _finish_copies(self) -> None:
+        with contextlib.suppress(RuntimeError):  # a device that was lost, and copies no more
+            self._streams.finish()
 
     def _harvest(self) -> None:
         """Take note of what has happened on the device."""
@@ -395,6 +402,7 @@ class CudaTransfer(Transfer):
                     if not self._streams.is_done(flights[0].end):
                         break
                 except RuntimeError as error:
+                    self._finish_copies()
                     self._land(flights.popleft(), str(error))
                 else:
                     self._land(flights.popleft())
@@ -435,9 +443,9 @@ class CudaTransfer(Transfer):
         if since_last_s is not None and since_last_s <= 0.0:
             self._events.append(flight.end)
             return
+        self._last_end = flight.end  # before the other one is free: an interrupt must not leave it in use as well
         if last is not None:
             self._events.append(last)
-        self._last_end = flight.end
 
     def _event(self) -> Event:
         return self._events.pop() if self._events else self._streams.new_event()

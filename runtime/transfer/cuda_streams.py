@@ -76,14 +76,8 @@ class CudaStreams:
 
     def copy(self, lane: Lane, expert: int, slot: int, start: int, num_bytes: int) -> None:
         target, stream = self._target_address + slot * self._slot_bytes, self._handles[lane]
-        for number, span in enumerate(self._source.spans(expert, start, num_bytes)):
-            try:
-                self._driver.upload(target + span.target, self._source_address + span.source, span.num_bytes, stream)
-            except RuntimeError:
-                if number:  # what is refused must not be under way in part
-                    with contextlib.suppress(RuntimeError):
-                        self._streams[lane].synchronize()
-                raise
+        for span in self._source.spans(expert, start, num_bytes):
+            self._driver.upload(target + span.target, self._source_address + span.source, span.num_bytes, stream)
 
     def is_done(self, event: torch.cuda.Event) -> bool:
         with self._driver.current():
@@ -93,13 +87,16 @@ class CudaStreams:
         with self._driver.current():
             event.synchronize()
 
+    def finish(self) -> None:
+        for stream in self._streams:
+            stream.synchronize()
+
     def elapsed_s(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
         return float(begin.elapsed_time(end)) / 1e3
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):  # a GPU that was lost
-            for stream in self._streams:
-                stream.synchronize()
+            self.finish()
         while self._pinned:
             with contextlib.suppress(RuntimeError):
                 self._driver.unpin(self._pinned.pop())

@@ -60,6 +60,8 @@ class FreeStreams:
     def synchronize(self, event: list[int]) -> None:
         event[0] = self.step - 2
 
+    def finish(self) -> None: ...
+
     def elapsed_s(self, begin: list[int], end: list[int]) -> float:
         return 1e-5
 

@@ -109,6 +109,13 @@ class FakeStreams:
         while not event.is_done:
             assert self.step(), "the event waits for ever"
 
+    def finish(self) -> None:
+        if self.is_lost:
+            raise RuntimeError("CUDA error: device lost")
+        self.num_blocked += 1
+        while self.queues[Lane.DEMAND] or self.queues[Lane.PREFETCH]:
+            assert self.step(), "a stream waits for ever"
+
     def elapsed_s(self, begin: FakeEvent, end: FakeEvent) -> float:
         self.num_calls += 1
         return end.happened[end.recorded] - begin.happened[begin.recorded]

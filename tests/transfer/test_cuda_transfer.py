@@ -225,6 +225,44 @@ def test_a_device_that_is_lost_at_any_time_ends_all_loads(num_steps: int) -> Non
     assert streams.is_closed
 
 
+@pytest.mark.parametrize("method", ["is_done", "record"])
+def test_a_load_that_fails_has_ended_first(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only been given up: what it was copied from, and to, is another's next."""
+    streams = FakeStreams(NUM_EXPERTS, NUM_SLOTS, NUM_BYTES)
+    transfer = transfer_of(streams)
+    call = getattr(streams, method)
+
+    def refuse(event: FakeEvent, *lane: Lane) -> object:
+        if len(streams.queues[Lane.DEMAND]) >= 3:  # the copy is under way
+            raise RuntimeError("CUDA error: out of memory")
+        return call(event, *lane)
+
+    monkeypatch.setattr(streams, method, refuse)
+    transfer.submit([demand(0, 0)])
+    assert transfer.has_failed(0) and not transfer.is_filling(0)
+    assert streams.copied == [0] and not streams.queues[Lane.DEMAND]
+
+
+def test_an_interrupt_leaves_no_event_free_that_is_in_use() -> None:
+    """Recorded anew it would say of another copy that this one has ended."""
+    line, has_come = 0, True
+    while has_come:
+        line += 1
+        streams = FakeStreams(NUM_EXPERTS, NUM_SLOTS, NUM_BYTES)
+        transfer = transfer_of(streams)
+        transfer.submit([demand(0, 0), demand(1, 1)])
+        streams.run()
+        with interrupted_at(line, ["transfer/cuda.py"]) as interrupt:
+            transfer.stats()
+        has_come = interrupt.has_come
+        transfer.recover()
+        transfer.submit([demand(2, 2), demand(3, 3), prefetch(4, 0)])
+        used = [event for flights in transfer._flights for one in flights for event in (one.begin, one.end)]
+        free = [*transfer._events, *filter(None, used), transfer._last_end]
+        assert len(set(map(id, free))) == len(free), f"interrupted at line {line}"
+    assert line > 20
+
+
 @pytest.mark.parametrize("asks", ["submit", "wait_any"])
 def test_a_copy_that_fails_after_it_was_said_to_be_ready_is_said_once(asks: str) -> None:
     streams = FakeStreams(NUM_EXPERTS, NUM_SLOTS, NUM_BYTES)
