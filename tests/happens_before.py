@@ -1,10 +1,10 @@
 """Finds accesses to the same memory that nothing orders, however the run that it watches happened to go.
 
-Every stream and every host thread has a vector clock: for each of them, how many of its accesses are known to be over.
-What is enqueued on a stream comes after all that the host's thread knows; recording an event keeps what the stream
-knows, and a stream or a thread that waits for it, or is told that it has happened, knows that too. So does a thread
-that reads the state of a load which another one has set, is started, or is joined. Nothing else orders: neither time
-nor Python's own lock.
+As race detectors do (FastTrack, Flanagan and Freund, PLDI 2009), it gives every stream and every host thread a vector
+clock: for each of them, how many of its accesses are known to be over. What is enqueued on a stream comes after all
+that the host's thread knows; recording an event keeps what the stream knows, and a stream or a thread that waits for
+it, or is told that it has happened, knows that too. So does a thread that reads the state of a load which another one
+has set, is started, or is joined. Nothing else orders: neither time nor Python's own lock.
 
 An access is a range of addresses, read or written: by a kernel (the tensors that it is given and makes) and by a copy
 of the driver on their stream, by the host where it reads files into rows and moves bytes to and from pinned memory. Two
