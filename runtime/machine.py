@@ -170,10 +170,10 @@ class MemorySum:
         return self.dense_bytes + self.num_slots * self.slot_bytes + self.kv_bytes + self.buffer_bytes
 
     def describe(self) -> str:
-        """One line: "dense 0.03 + slots 64 x 6.3 MB = 0.40 + KV 0.02 + buffers 0.01 = 0.46 GB"."""
-        slots = f"slots {self.num_slots} x {self.slot_bytes / 1e6:.1f} MB = {_gb(self.num_slots * self.slot_bytes)}"
-        rest = f"KV {_gb(self.kv_bytes)} + buffers {_gb(self.buffer_bytes)}"
-        return f"dense {_gb(self.dense_bytes)} + {slots} + {rest} = {_gb(self.total_bytes)} GB"
+        """One line: "dense 30.0 MB + slots 64 x 6.29 MB + KV 20.0 MB + process and buffers 640 MB = 1.09 GB"."""
+        slots = f"slots {self.num_slots} x {format_bytes(self.slot_bytes)}"
+        rest = f"KV {format_bytes(self.kv_bytes)} + process and buffers {format_bytes(self.buffer_bytes)}"
+        return f"dense {format_bytes(self.dense_bytes)} + {slots} + {rest} = {format_bytes(self.total_bytes)}"
 
 
 def required_bytes(dense_bytes: int, num_slots: int, slot_bytes: int, kv_bytes: int, buffer_bytes: int) -> MemorySum:
@@ -298,7 +298,3 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(errors="replace").splitlines()
     except OSError:
         return []
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f}"

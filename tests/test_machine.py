@@ -175,7 +175,9 @@ def test_the_fingerprint_names_versions_without_importing_them() -> None:
 def test_the_memory_sum_is_told_in_one_line() -> None:
     memory = machine.required_bytes(30_000_000, 64, 6_291_456, 20_000_000, 10_000_000)
     assert memory.total_bytes == 462_653_184
-    assert memory.describe() == "dense 0.03 + slots 64 x 6.3 MB = 0.40 + KV 0.02 + buffers 0.01 = 0.46 GB"
+    assert memory.describe() == (
+        "dense 30.0 MB + slots 64 x 6.29 MB + KV 20.0 MB + process and buffers 10.0 MB = 463 MB"
+    )
 
 
 SIZES = st.integers(0, 10**12)
