@@ -57,7 +57,7 @@ def _laughs(depth: int) -> str:
         ("cache: {slots: !!int ''}", "tag"),
         ("prefetch: {adaptive: !!bool maybe}", "tag"),
         ("fixed: " + "[" * 20_000, "nested too deeply"),
-        ("provenance: {model: " + "x" * 300_000 + "}", "longer than"),
+        ("provenance: {model: " + "x" * 300_000 + "}", "a profile has at most 262144"),
         ('provenance: {model: "a\\0b"}', "neither a name nor a path"),
         ('provenance: {model: "\\ud800"}', "neither a name nor a path"),
         ("limits: {max_memory_bytes: " + "9" * 5000 + "}", "not valid YAML"),
