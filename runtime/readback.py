@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -121,11 +120,7 @@ def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
 def upload(values: torch.Tensor | npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """`values` of the host on the device, where the host is that: themselves. They may be written again at once."""
     tensor = torch.as_tensor(values)
-    if device.type == "cpu":
-        return tensor
-    with _MAKING:  # one that another thread's replaces would go, and its memory to others, while it is copied from
-        send = _uploader(device)
-    return send(tensor)
+    return tensor if device.type == "cpu" else _uploader(device)(tensor)
 
 
 class CudaUploader:
@@ -170,9 +165,11 @@ class CudaUploader:
 
 
 _ALIGNMENT_BYTES = 64
-_MAKING = threading.Lock()
+_uploaders: dict[torch.device, CudaUploader] = {}
 
 
-@cache
 def _uploader(device: torch.device) -> CudaUploader:
-    return CudaUploader(device)
+    """The same for all threads, also for those that ask first at once: one that was replaced would go, and its memory
+    to others, while it is copied from."""
+    known = _uploaders.get(device)
+    return known if known is not None else _uploaders.setdefault(device, CudaUploader(device))

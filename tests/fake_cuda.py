@@ -675,14 +675,14 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
             patch.setattr(torch._C, name, value, raising=False)
         for name, value in above.items():
             patch.setattr(torch.cuda, name, value, raising=False)
-        readback._uploader.cache_clear()
+        readback._uploaders.clear()
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # a plain tensor cannot become one of ours
         yield cuda
     finally:
         for queue in list(cuda._queues.values()):
             cuda.order.host_waits(cuda.order.known(queue))  # the process ends
         torch.__future__.set_overwrite_module_params_on_conversion(False)
-        readback._uploader.cache_clear()
+        readback._uploaders.clear()
         fallback._destroy()
         patch.undo()
         watching.close()

@@ -364,20 +364,23 @@ def test_each_half_of_what_is_sent_is_on_one_stream(cuda: FakeCuda) -> None:
 
 
 def test_threads_that_send_first_at_once_share_one_sender(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, made = threading.Barrier(2), list[CudaUploader]()
+    begun, used = threading.Barrier(2), list[CudaUploader]()
 
     class Slow(CudaUploader):
         def __init__(self, device: torch.device) -> None:
-            made.append(self)  # kept: its memory must not go while it is copied from
             with contextlib.suppress(threading.BrokenBarrierError):
                 begun.wait(timeout=0.5)  # for another one, if there can be
             super().__init__(device)
+
+        def __call__(self, values: torch.Tensor) -> torch.Tensor:
+            used.append(self)  # kept: its memory must not go while it is copied from
+            return super().__call__(values)
 
     monkeypatch.setattr(readback, "CudaUploader", Slow)
     with ThreadPoolExecutor(2) as threads:
         for there in threads.map(lambda number: upload(torch.full((9,), number), GPU).tolist(), range(2)):
             assert len(set(there)) == 1
-    assert len(made) == 1
+    assert len(used) == 2 and used[0] is used[1]
 
 
 def test_an_interrupt_leaves_what_is_on_its_way_as_it_is(cuda: FakeCuda) -> None:
