@@ -11,6 +11,7 @@ gradients.
 from __future__ import annotations
 
 import ctypes
+import gc
 import random
 import resource
 import threading
@@ -679,6 +680,7 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # a plain tensor cannot become one of ours
         yield cuda
     finally:
+        gc.collect()  # engines that were given up end on the driver that they are of
         for queue in list(cuda._queues.values()):
             cuda.order.host_waits(cuda.order.known(queue))  # the process ends
         torch.__future__.set_overwrite_module_params_on_conversion(False)

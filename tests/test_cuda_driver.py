@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 import threading
 from collections.abc import Callable, Iterator
@@ -257,10 +258,13 @@ def test_what_the_driver_does_not_pin_stays_pageable(checkpoint: Path, cuda: Fak
 
 def test_what_is_pinned_stays_out_of_forked_children(checkpoint: Path, cuda: FakeCuda) -> None:
     def leaves_out_children(address: int) -> bool:
-        number = f"{address:x}-"
-        lines = Path("/proc/self/smaps").read_text().splitlines()
-        after = lines[next(i for i, line in enumerate(lines) if line.startswith(number)) :]
-        return "dc" in next(line for line in after if line.startswith("VmFlags:")).split()
+        is_there = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+                is_there = int(found[1], 16) <= address < int(found[2], 16)
+            elif is_there and line.startswith("VmFlags:"):
+                return "dc" in line.split()
+        raise AssertionError(f"{address:x} is not mapped")
 
     for more in ({}, SOME):
         with runtime.load(checkpoint, device=GPU, overrides={"cache.slots": 4, **more}):
