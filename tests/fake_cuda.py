@@ -680,9 +680,9 @@ def installed(num_devices: int = 1) -> Iterator[FakeCuda]:
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # a plain tensor cannot become one of ours
         yield cuda
     finally:
-        gc.collect()  # engines that were given up end on the driver that they are of
         for queue in list(cuda._queues.values()):
             cuda.order.host_waits(cuda.order.known(queue))  # the process ends
+        gc.collect()  # engines that were given up end on the driver that they are of
         torch.__future__.set_overwrite_module_params_on_conversion(False)
         readback._uploaders.clear()
         fallback._destroy()

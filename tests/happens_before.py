@@ -17,10 +17,13 @@ allocator does with memory is not watched.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
@@ -70,6 +73,7 @@ class HappensBefore:
         self._loads: dict[QueuedLoad, Clock] = {}  # what the threads that changed their states knew
         self._pages: dict[int, list[Access]] = {}
         self._local, self._lock = threading.local(), threading.RLock()
+        self._unmapped: deque[tuple[int, int]] = deque()
 
     @property
     def races(self) -> list[str]:
@@ -142,6 +146,8 @@ class HappensBefore:
     def _check(
         self, actor: object, clock: Clock, start: int, num_bytes: int, writes: bool, what: str, *, is_loose: bool
     ) -> None:
+        while self._unmapped:
+            self.forget(*self._unmapped.popleft())
         stamp = clock[actor] = clock.get(actor, 0) + 1
         place, end = _place(), start + num_bytes
         for number in range(start // PAGE_BYTES, -(-end // PAGE_BYTES)):
@@ -167,6 +173,7 @@ class HappensBefore:
         """Within it, what the runtime does on the host counts."""
         patch = pytest.MonkeyPatch()
         patch.setattr(ctypes, "memmove", self._memmove)
+        patch.setattr(mmap, "mmap", self._mapping(mmap.mmap))
         patch.setattr(QueuedLoad, "state", _watched_state(QueuedLoad.state, self))
         patch.setattr(LoadQueue, "finish", self._finishing(LoadQueue.finish))
         patch.setattr(_ExpertReader, "perform", self._reading(_ExpertReader.perform))
@@ -179,10 +186,21 @@ class HappensBefore:
             patch.undo()
 
     def _memmove(self, target: Any, source: Any, num_bytes: int) -> Any:
+        is_told = not getattr(self._local, "converts", False)  # else where it ends is told, and its way is malloc's
         for address, writes in ((target, True), (source, False)):
-            if isinstance(address, int) and num_bytes:
+            if isinstance(address, int) and num_bytes and is_told:
                 self.on_host(address, num_bytes, writes=writes, what="memmove")
         return memmove(target, source, num_bytes)
+
+    def _mapping(self, mapped: Callable[..., mmap.mmap]) -> Callable[..., mmap.mmap]:
+        def mapped_until_it_goes(*args: Any, **kwargs: Any) -> mmap.mmap:
+            found = mapped(*args, **kwargs)
+            with suppress(TypeError):  # read-only
+                start = ctypes.addressof(ctypes.c_char.from_buffer(found))
+                weakref.finalize(found, self._unmapped.append, (start, len(found))).atexit = False
+            return found
+
+        return mapped_until_it_goes
 
     def _finishing(self, finish: Callable[..., bool]) -> Callable[..., bool]:
         def after_the_other_pieces(queue: LoadQueue, load: QueuedLoad, *args: Any) -> bool:
@@ -201,9 +219,11 @@ class HappensBefore:
             else:
                 start, num_bytes = reader._arena.address(slot) + what.slot_offset, what.num_bytes
             self.on_host(start, num_bytes, writes=True, what="reading a file", is_loose=True)
+            self._local.converts = isinstance(what, Conversion)
             try:
                 perform(reader, expert, piece, slot, bounce)
             finally:  # what others do meanwhile is not ordered with it either
+                self._local.converts = False
                 self.on_host(start, num_bytes, writes=True, what="reading a file", is_loose=True)
 
         return read

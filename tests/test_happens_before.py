@@ -206,7 +206,8 @@ class LeftOut(NamedTuple):
 
 
 READ_EARLY = "(a copy reads.* while reading a file writes|reading a file writes.* while a copy reads)"
-REREAD = "reading a file writes.* while a copy reads"
+MOST_TRIES = 12
+REREAD = "(reading a file writes.* while a copy reads|a copy reads.* while reading a file writes)"
 OVERWRITTEN = "a copy writes.* while (linear|_grouped_mm)[.a-z]* reads"
 COMPUTED_EARLY = "(linear|_grouped_mm)[.a-z]* reads.* while a copy writes"
 HOST_ROW = "(reading a file writes.* while the host's kernel reads|the host's kernel reads.* while reading a file)"
@@ -243,15 +244,18 @@ LEFT_OUT = {
 def test_an_engine_races_without(checkpoint: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     leave_out, overrides, go_through, race = LEFT_OUT[name]
     monkeypatch.setattr(build, "rates_of", lambda pool, layers, device: MissRates(1.0, 1.0, 0.0))
-    for is_whole in (True, False):
-        if not is_whole:
-            leave_out(monkeypatch)
-        may_fail = nullcontext() if is_whole else suppress(Exception)  # what is computed may be anything
-        with runtime.load(checkpoint, device=GPU, overrides=overrides, record_loads=True) as engine, may_fail:
+    with runtime.load(checkpoint, device=GPU, overrides=overrides, record_loads=True) as engine:
+        go_through(engine)
+    assert not cuda.order.races
+    leave_out(monkeypatch)
+    for _ in range(MOST_TRIES):  # threads that read may do so early enough for nothing to be amiss
+        loaded = runtime.load(checkpoint, device=GPU, overrides=overrides, record_loads=True)
+        with loaded as engine, suppress(Exception):  # what is computed may be anything
             go_through(engine)
-        if is_whole:
-            assert not cuda.order.races
-    assert any(re.search(race, found) for found in cuda.order.races), cuda.order.races
+        if any(re.search(race, found) for found in cuda.order.races):
+            break
+    else:
+        raise AssertionError(cuda.order.races)
     cuda.order.clear()
 
 
