@@ -122,11 +122,11 @@ def _exact(ours: Engine) -> Engine:
     """The whole model where it fits beside `ours`; else another engine with exact numerics: equal to the bit."""
     from runtime import build, machine
     from runtime.devices import free_bytes, is_gpu
-    from runtime.facts import BUFFER_BYTES, RESIDENT_FACTOR, context_of, cuda_buffer_bytes, describe
+    from runtime.facts import BUFFER_BYTES, RESIDENT_FACTOR, cuda_buffer_bytes, describe, planned_context
 
     profile, facts, device = ours.profile, describe(ours.source), ours.model.device
     if is_gpu(device):
-        room, buffer_bytes = free_bytes(device), cuda_buffer_bytes(facts, context_of(profile))
+        room, buffer_bytes = free_bytes(device), cuda_buffer_bytes(facts, planned_context(profile))
     else:
         # Slots that nothing was loaded into yet do not show in what is free.
         room = machine.available_memory_bytes() - int(profile.cache.slots or 0) * facts.slot_bytes

@@ -23,7 +23,7 @@ from runtime import machine
 from runtime.devices import current
 from runtime.engine import Engine
 from runtime.errors import BudgetError
-from runtime.facts import DEFAULT_CONTEXT
+from runtime.facts import planned_context
 from runtime.passes import Composition, PassTracker
 from runtime.planning import Planner, Situation
 from runtime.prompts import PromptRequest, Served
@@ -184,7 +184,7 @@ class Sizes:
         """
         under_way = scheduler.group * scheduler.window
         if max_kv_tokens is None:
-            max_kv_tokens = kv_tokens(engine) or under_way * _context(engine)
+            max_kv_tokens = kv_tokens(engine) or under_way * planned_context(engine.profile)
         # One more page than its tokens fill: transformers may take one ahead.
         pages = sorted((-(-request.max_tokens // PAGE_TOKENS) + 1 for request in requests), reverse=True)
         num_pages = min(sum(pages[:under_way]), max_kv_tokens // PAGE_TOKENS)
@@ -204,11 +204,6 @@ def kv_tokens(engine: Engine) -> int | None:
     token_bytes = machine.kv_cache_bytes(engine.model.config, 1, 1, engine.model.dtype.itemsize)
     kv_bytes = engine.profile.cache.kv_bytes
     return kv_bytes // token_bytes if kv_bytes is not None and token_bytes else None
-
-
-def _context(engine: Engine) -> int:
-    workload = engine.profile.workload
-    return (workload.context if workload is not None else None) or DEFAULT_CONTEXT
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def resolve(profile: Profile, facts: ModelFacts, device: torch.device = CPU) -> 
     """
     wanted = wanted_slots(profile.cache.slots, facts.num_experts_total)
     if is_gpu(device):
-        buffer_bytes, limit = cuda_buffer_bytes(facts, context_of(profile)), free_bytes(device)
+        buffer_bytes, limit = cuda_buffer_bytes(facts, planned_context(profile)), free_bytes(device)
     else:
         buffer_bytes = machine.resident_bytes() + BUFFER_BYTES
         limit = machine.resident_bytes() + machine.available_memory_bytes()
@@ -141,7 +141,7 @@ def cuda_buffer_bytes(facts: ModelFacts, context: int) -> int:
     return max(CUDA_BUFFER_BYTES, _CUDA_LIBRARY_BYTES + context * (facts.top_k + _ROWS_PER_TOKEN) * row_bytes)
 
 
-def context_of(profile: Profile) -> int:
+def planned_context(profile: Profile) -> int:
     """Tokens of a sequence that the profile is for; where it does not say, `DEFAULT_CONTEXT`."""
     return (profile.workload.context if profile.workload is not None else None) or DEFAULT_CONTEXT
 
@@ -151,7 +151,7 @@ def _kv_bytes(profile: Profile, facts: ModelFacts) -> int:
     if profile.cache.kv_bytes is not None:
         return profile.cache.kv_bytes
     sequences = profile.scheduler.num_sequences
-    return machine.kv_cache_bytes(facts.config, context_of(profile), sequences, dtype_bytes=facts.dtype.itemsize)
+    return machine.kv_cache_bytes(facts.config, planned_context(profile), sequences, dtype_bytes=facts.dtype.itemsize)
 
 
 def wanted_slots(slots: int | str | None, num_experts: int) -> int:

@@ -255,7 +255,7 @@ def _fit_together(profile: Profile, facts: ModelFacts, device: torch.device) -> 
     """Whether both processes fit into the memory that is free; not known is no. On a GPU, with what CUDA takes for
     each, and their experts into the host's."""
     from runtime.devices import free_bytes, is_gpu
-    from runtime.facts import context_of, cuda_buffer_bytes
+    from runtime.facts import cuda_buffer_bytes, planned_context
 
     baseline = profile.evidence.baseline if profile.evidence is not None else None
     peaks = [found.peak_memory_bytes if found is not None else None for found in (profile.objectives, baseline)]
@@ -264,7 +264,7 @@ def _fit_together(profile: Profile, facts: ModelFacts, device: torch.device) -> 
     if is_gpu(device):
         if 2 * facts.model_bytes > room:
             return False
-        room = free_bytes(device) - 2 * cuda_buffer_bytes(facts, context_of(profile))
+        room = free_bytes(device) - 2 * cuda_buffer_bytes(facts, planned_context(profile))
     return len(known) == len(peaks) and sum(known) <= room
 
 
